@@ -1,0 +1,78 @@
+"""Aggregation: the reduced banks of all sites to one global memory, by k-means (arXiv 2502.21012; the start from
+coverage seeds, weights and spreads are ours).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import torch
+
+from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import greedy_cover
+
+_ITERATIONS = 10
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """A global memory, and how k-means got there.
+
+    Attributes:
+        memory: the global memory.
+        iterations: k-means iterations run; 0 where all items fit and none was needed.
+        inertia: sum of squared distances of the banks' items to their nearest item of the global memory.
+    """
+
+    memory: MemoryBank
+    iterations: int
+    inertia: float
+
+
+def aggregate(banks: list[MemoryBank], count: int, seed: int = 0) -> Aggregation:
+    """Merges banks into a global memory of at most `count` items.
+
+    Where all items fit, they are kept as they are. Weights of merged items are added; a merged item's spread takes in
+    both the spreads of its parts and their distances to it.
+
+    Raises:
+        ValueError: no banks, or banks of different numbers of channels.
+    """
+    if not banks:
+        raise ValueError("no banks to aggregate")
+    channels = {bank.channels for bank in banks}
+    if len(channels) > 1:
+        raise ValueError(f"banks have different numbers of channels: {sorted(channels)}")
+    pool = MemoryBank.concatenate(banks)
+    if len(pool) <= count:
+        return Aggregation(memory=pool, iterations=0, inertia=0.0)
+    kmeans = faiss.Kmeans(
+        pool.channels,
+        count,
+        niter=_ITERATIONS,
+        seed=seed % 2**31,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(pool),
+    )
+    seeds = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]
+    if len(seeds) < count:  # fewer distinct items than wanted
+        kmeans.k = len(seeds)
+    kmeans.train(pool.items, init_centroids=seeds)
+    memory, inertia = _merge(pool, kmeans)
+    return Aggregation(memory=memory, iterations=_ITERATIONS, inertia=inertia)
+
+
+def _merge(pool: MemoryBank, kmeans: faiss.Kmeans) -> tuple[MemoryBank, float]:
+    squared, cells = kmeans.index.search(pool.items, 1)
+    squared, cells = np.maximum(squared[:, 0], 0).astype(np.float64), cells[:, 0]
+    weights = np.bincount(cells, pool.weights, minlength=kmeans.k)
+    scatter = np.bincount(cells, pool.weights * (pool.spreads.astype(np.float64) ** 2 + squared), minlength=kmeans.k)
+    used = weights > 0
+    memory = MemoryBank(
+        items=np.asarray(kmeans.centroids)[used],
+        weights=weights[used].astype(np.float32),
+        spreads=np.sqrt(scatter[used] / weights[used]).astype(np.float32),
+    )
+    return memory, float(squared.sum())

@@ -1,0 +1,61 @@
+"""A federation's rounds: what the aggregator does with banks, and the whole loop in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from feddymem.aggregate import Aggregation, aggregate
+from feddymem.generator import MemoryGenerator
+from feddymem.local_update import local_update
+from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import Progress, no_progress
+from feddymem.method import Method
+from feddymem.patches import PatchSource
+
+
+@dataclass(frozen=True)
+class FederatedMemory:
+    """Outcome of a federation.
+
+    Attributes:
+        memory: the global memory of the last round.
+        generators: each site's memory generator after the last round; None where the method has none.
+    """
+
+    memory: MemoryBank
+    generators: dict[str, MemoryGenerator | None]
+
+
+def next_memory(memory: MemoryBank | None, banks: list[MemoryBank], method: Method) -> Aggregation:
+    """The aggregator's part of a round: the memory that the round started from and the banks of the round, merged.
+
+    Args:
+        memory: the global memory that the round started from; None in the first round.
+        banks: the sites' banks, in a fixed order (by site name), on which the result depends.
+        method: the federation's method.
+    """
+    return aggregate(banks if memory is None else [memory, *banks], method.memory_items, method.seed)
+
+
+def federate(
+    sites: dict[str, PatchSource], method: Method, progress: Progress = no_progress, device: str = "cpu"
+) -> FederatedMemory:
+    """Runs a whole federation in this process, with the same code and results as the services.
+
+    Args:
+        sites: each site's patch features, by name.
+        method: the federation's method.
+        progress: told what is being done.
+        device: torch device that computes.
+    """
+    memory: MemoryBank | None = None
+    generators: dict[str, MemoryGenerator | None] = dict.fromkeys(sites)
+    for round_number in range(1, method.rounds + 1):
+        banks = []
+        for name, source in sorted(sites.items()):
+            update = local_update(source, memory, generators[name], method, round_number, progress, device)
+            generators[name] = update.generator
+            banks.append(update.bank)
+        memory = next_memory(memory, banks, method).memory
+    assert memory is not None, "a method has at least one round"
+    return FederatedMemory(memory=memory, generators=generators)

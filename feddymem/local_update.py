@@ -1,0 +1,122 @@
+"""What a site does in a round: train its memory generator, rebuild its memory bank, reduce it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from feddymem.generator import MemoryGenerator
+from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import Progress, Transform, identity, nearest_items, no_progress, reduce, sample
+from feddymem.method import Method
+from feddymem.metric_loss import metric_loss
+from feddymem.patches import PatchSource
+
+_LEARNING_RATE = 1e-3
+_IMAGES_PER_STEP = 4
+_PATCHES_PER_STEP = 1024
+_RADIUS_QUANTILE = 0.9
+"""The hypersphere's radius: this quantile of the distances of normal patches to the memory."""
+_MOVEMENT_PENALTY = 0.1
+"""Weight of the squared distance that the generator moves a patch; keeps sites in one space and defects visible."""
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """Outcome of a site's round.
+
+    Attributes:
+        bank: the reduced bank, to be uploaded.
+        generator: the memory generator that made it; None where the method has none.
+        loss: mean metric loss over the training steps; None where nothing was trained.
+    """
+
+    bank: MemoryBank
+    generator: MemoryGenerator | None
+    loss: float | None
+
+
+def local_update(
+    source: PatchSource,
+    memory: MemoryBank | None,
+    generator: MemoryGenerator | None,
+    method: Method,
+    round_number: int,
+    progress: Progress = no_progress,
+    device: str = "cpu",
+) -> LocalUpdate:
+    """Runs a site's part of one round. The result is the same for the same arguments.
+
+    Args:
+        source: patch features of the site's normal images.
+        memory: the global memory that the round starts from; None in the first round, in which the generator is not
+            trained, because there is nothing yet to pull patches to.
+        generator: the site's memory generator after the last round; None in the first.
+        method: the federation's method.
+        round_number: from 1; varies the random choices.
+        progress: told what is being done.
+        device: torch device that computes.
+    """
+    seed = method.seed * 1_000_003 + round_number
+    loss = None
+    if not method.generator:
+        generator = None
+    elif generator is None:
+        generator = new_generator(source, seed).to(device)
+    if generator is not None and memory is not None and method.metric_loss:
+        generator, loss = _train(source, memory, generator, seed, progress, device)
+    transform: Transform = identity if generator is None else generator
+    with torch.inference_mode():
+        if method.memory_reduce:
+            bank = reduce(source, method.bank_items, memory, transform, progress, device)
+        else:
+            bank = sample(source, method.bank_items, seed, transform, device)
+    return LocalUpdate(bank=bank, generator=generator, loss=loss)
+
+
+def new_generator(source: PatchSource, seed: int) -> MemoryGenerator:
+    """An untrained memory generator, the identity, scaled to the source's features."""
+    block = next(iter(source.blocks()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        grid = int(source.patches_per_image**0.5)
+        generator = MemoryGenerator(source.channels, grid, scale=float(block.square().mean().sqrt()))
+    return generator.eval().requires_grad_(False)
+
+
+def _train(
+    source: PatchSource, memory: MemoryBank, generator: MemoryGenerator, seed: int, progress: Progress, device: str
+) -> tuple[MemoryGenerator, float]:
+    """One pass over the images."""
+    items = torch.from_numpy(memory.items).to(device)
+    generator = copy.deepcopy(generator).to(device).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=_LEARNING_RATE)
+    rng = torch.Generator().manual_seed(seed)
+    radius, losses, done = 0.0, [], 0
+    for block in source.blocks():
+        block = block.to(device)
+        if not radius:
+            radius = _radius(block, items, rng)
+        for rows in torch.split(torch.randperm(len(block), generator=rng), _IMAGES_PER_STEP):
+            images = block[rows]
+            mapped = generator(images)
+            patches = mapped.flatten(0, 1)
+            chosen = torch.randperm(len(patches), generator=rng)[:_PATCHES_PER_STEP]
+            movement = (mapped - images).square().sum(-1).mean() / radius**2
+            loss = metric_loss(patches[chosen], items, radius)
+            optimizer.zero_grad()
+            (loss + _MOVEMENT_PENALTY * movement).backward()
+            optimizer.step()
+            losses.append(loss.item())
+        done += len(block)
+        progress("generator", done, source.images)
+    return generator.eval().requires_grad_(False), sum(losses) / len(losses)
+
+
+def _radius(block: torch.Tensor, items: torch.Tensor, rng: torch.Generator) -> float:
+    patches = block.flatten(0, 1)
+    chosen = torch.randperm(len(patches), generator=rng)[: 8 * _PATCHES_PER_STEP]
+    distances, _ = nearest_items(patches[chosen], items)
+    return max(float(distances.quantile(_RADIUS_QUANTILE)), torch.finfo(torch.float32).tiny)

@@ -1,0 +1,99 @@
+"""Scoring: an image's distance to the global memory, as one score and as an anomaly map.
+
+The one code path that library, edge client and inference service share; a parity test holds them to the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from feddymem.backbone import FeatureExtractor
+from feddymem.generator import MemoryGenerator
+from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import nearest_items
+
+_TOP_PATCHES = 5
+"""The image score is the mean of this many largest patch distances (ours): one patch alone is noisy."""
+_BLUR_SIGMA_PATCHES = 0.5
+"""Gaussian smoothing of the anomaly map, in patches: 4 pixels at 8 pixels a patch, PatchCore's value."""
+_FULL_SCALE = 4.0
+"""A heatmap's upper end, in typical distances of normal patches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """Result for one image.
+
+    Attributes:
+        score: mean of the largest patch distances, in units of the feature space; >= 0.
+        distances: (grid, grid) float32, distance of each patch to its nearest item.
+    """
+
+    score: float
+    distances: NDArray[np.float32]
+
+
+class Scorer:
+    """Scores patch features against a global memory, through a site's memory generator if there is one."""
+
+    def __init__(self, extractor: FeatureExtractor, memory: MemoryBank, generator: MemoryGenerator | None) -> None:
+        if memory.channels != extractor.feature_space.channels:
+            raise ValueError(
+                f"the memory's items have {memory.channels} channels, "
+                f"the feature space has {extractor.feature_space.channels}"
+            )
+        self.extractor = extractor
+        self.typical_distance = memory.typical_distance
+        self._items = torch.from_numpy(memory.items).to(extractor.device)
+        self._generator = None if generator is None else generator.to(extractor.device)
+
+    def inspect(self, images: Tensor) -> list[Inspection]:
+        """Scores prepared images: (n, 3, input_size, input_size) float32, from `FeatureExtractor.prepare`."""
+        return self.inspect_features(self.extractor(images))
+
+    @torch.inference_mode()
+    def inspect_features(self, features: Tensor) -> list[Inspection]:
+        """Scores patch features: (n, grid * grid, channels) float32."""
+        mapped = features if self._generator is None else self._generator(features)
+        distances = nearest_items(mapped.flatten(0, 1), self._items)[0].view(mapped.shape[:2])
+        scores = distances.topk(min(_TOP_PATCHES, distances.shape[1]), dim=1).values.mean(1)
+        grid = self.extractor.feature_space.grid
+        grids = distances.view(-1, grid, grid).cpu().numpy()
+        return [Inspection(score=float(score), distances=grid) for score, grid in zip(scores, grids, strict=True)]
+
+
+def anomaly_map(distances: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Patch distances as a smooth map of pixels.
+
+    Args:
+        distances: (grid, grid) float32.
+        size: height and width wanted, in pixels.
+
+    Returns:
+        (height, width) float32, in units of the feature space.
+    """
+    blurred = cv2.GaussianBlur(distances, (0, 0), _BLUR_SIGMA_PATCHES, borderType=cv2.BORDER_REPLICATE)
+    grown = functional.interpolate(torch.from_numpy(blurred)[None, None], size, mode="bilinear", align_corners=False)
+    return np.asarray(grown[0, 0].numpy(), dtype=np.float32)
+
+
+def heatmap(pixels: NDArray[np.float32], typical_distance: float) -> NDArray[np.uint8]:
+    """An anomaly map in colours, on a scale that is fixed by the memory and not stretched to the image.
+
+    Args:
+        pixels: (height, width) float32, from `anomaly_map`.
+        typical_distance: `MemoryBank.typical_distance` of the memory.
+
+    Returns:
+        (height, width, 3) uint8, R, G, B.
+    """
+    full_scale = _FULL_SCALE * max(typical_distance, float(np.finfo(np.float32).tiny))
+    levels = np.clip(pixels / full_scale * 255, 0, 255).astype(np.uint8)
+    return np.asarray(cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB), dtype=np.uint8)

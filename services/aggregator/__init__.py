@@ -1,0 +1,1 @@
+"""The aggregator: rounds, k-means, versions, publishing."""

@@ -1,0 +1,46 @@
+"""`feddymem aggregator`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.aggregator.federation import Federation
+from services.aggregator.servicer import FederationServicer
+from services.aggregator.settings import AggregatorSettings
+from services.aggregator.state import State
+from services.runtime.array_store import ArrayStore
+from services.runtime.hardware import set_threads
+from services.runtime.logs import configure_logs
+from services.runtime.publisher import Publisher
+from services.runtime.server import listening, run_until_stopped
+from services.runtime.settings import load_settings
+
+
+def main(args: list[str]) -> None:
+    """Runs the aggregator until SIGTERM.
+
+    Raises:
+        InvalidSettingsError: a setting is off.
+        OSError: an address cannot be bound, or the state folder cannot be written.
+    """
+    settings = load_settings(AggregatorSettings, args)
+    configure_logs(settings.log_format)
+    set_threads(None)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: AggregatorSettings) -> None:
+    state = State(settings.state_dir)
+    arrays = ArrayStore(settings.state_dir / "arrays")
+    publisher = Publisher(arrays)
+    federations = {
+        name: Federation(name, federation, state, arrays, publisher)
+        for name, federation in settings.federations.items()
+    }
+    servicer = FederationServicer(federations, arrays)
+    try:
+        async with listening(settings, [servicer.service, publisher.service]) as readiness:
+            await readiness.set(True)
+            await run_until_stopped(*(federation.run() for federation in federations.values()))
+    finally:
+        state.close()

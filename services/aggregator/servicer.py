@@ -1,0 +1,119 @@
+"""The aggregator's RPCs: a thin adapter over the federations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from feddymem.v1 import federation_pb2_grpc
+from feddymem.v1.array_pb2 import Array
+from feddymem.v1.federation_pb2 import (
+    ArrayOffset,
+    BankAccepted,
+    BankHeader,
+    GetStatusRequest,
+    GetStatusResponse,
+    JoinRequest,
+    JoinResponse,
+    ResumeOffsets,
+    UploadBankRequest,
+    UploadBankResponse,
+    WatchRoundsRequest,
+    WatchRoundsResponse,
+)
+from services.aggregator.federation import Federation
+from services.runtime.array_store import ArrayStore
+from services.runtime.errors import Refusal, invalid, not_found
+from services.runtime.messages import method_to_message
+from services.runtime.server import Service
+
+
+class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
+    """Serves all federations of this aggregator."""
+
+    def __init__(self, federations: dict[str, Federation], arrays: ArrayStore) -> None:
+        self._federations, self._arrays = federations, arrays
+
+    @property
+    def service(self) -> Service:
+        """What a server needs to serve this."""
+        return Service(
+            "feddymem.v1.FederationService",
+            lambda server: federation_pb2_grpc.add_FederationServiceServicer_to_server(self, server),
+        )
+
+    async def Join(self, request: JoinRequest, context: aio.ServicerContext[Any, Any]) -> JoinResponse:
+        """See federation.proto."""
+        federation = self._federation(request.federation)
+        federation.join(request)
+        return JoinResponse(method=method_to_message(federation.settings.method))
+
+    async def WatchRounds(
+        self, request: WatchRoundsRequest, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[WatchRoundsResponse]:
+        """See federation.proto."""
+        federation = self._federation(request.federation)
+        with federation.presence(request.site, request.instance):
+            told: tuple[int, int] | None = None
+            while True:
+                state = federation.rounds()
+                if told != (state.phase, state.round):
+                    told = (state.phase, state.round)
+                    yield state
+                else:
+                    await federation.changes.wait()
+
+    async def UploadBank(
+        self, request_iterator: AsyncIterator[UploadBankRequest], context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[UploadBankResponse]:
+        """See federation.proto."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("content") != "header":
+            raise invalid("the first message of UploadBank must be the bank's header")
+        header, received = first.header, first.ByteSize()
+        federation = self._federation(header.federation)
+        federation.check_header(header)
+        yield UploadBankResponse(resume=self._offsets(header))
+        received += await self._receive(header, request_iterator)
+        await federation.accept(header, received)
+        yield UploadBankResponse(accepted=BankAccepted(received_bytes=received))
+
+    async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
+        """See federation.proto."""
+        chosen = [self._federation(request.federation)] if request.federation else self._federations.values()
+        return GetStatusResponse(federations=[federation.status() for federation in chosen])
+
+    async def _receive(self, header: BankHeader, requests: AsyncIterator[UploadBankRequest]) -> int:
+        """Keeps chunks until all arrays of the header are whole; bytes received."""
+        manifests: dict[bytes, Array] = {manifest.sha256: manifest for manifest in header.arrays}
+        received = 0
+        async for request in requests:
+            received += request.ByteSize()
+            manifest = manifests.get(request.chunk.sha256)
+            if manifest is None:
+                raise invalid(
+                    f"chunk of array {request.chunk.sha256.hex() or 'without a sha256'}, which is not in the header"
+                )
+            await asyncio.to_thread(self._arrays.append, manifest, request.chunk)
+        missing = [manifest.name for sha256, manifest in manifests.items() if sha256 not in self._arrays]
+        if missing:
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE,
+                f"the stream ended before all of {', '.join(missing)} had arrived; upload again to resume",
+            )
+        return received
+
+    def _offsets(self, header: BankHeader) -> ResumeOffsets:
+        return ResumeOffsets(
+            offsets=[ArrayOffset(sha256=m.sha256, offset=self._arrays.held_bytes(m)) for m in header.arrays]
+        )
+
+    def _federation(self, name: str) -> Federation:
+        try:
+            return self._federations[name]
+        except KeyError:
+            raise not_found(f"there is no federation {name!r} at this aggregator; check its name") from None

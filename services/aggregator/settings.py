@@ -1,0 +1,38 @@
+"""Settings of the aggregator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from feddymem.method import Method
+from services.runtime.settings import Address, Name, ServiceSettings
+
+
+class FederationSettings(BaseModel):
+    """One federation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quorum: int = Field(default=2, ge=1, description="banks that a round needs before it may close")
+    sites: tuple[Name, ...] = Field(default=(), description="sites that may take part; empty for any")
+    round_deadline_seconds: float = Field(
+        default=3600,
+        gt=0,
+        description="time after which a round closes as soon as it has its quorum, whoever is missing",
+    )
+    method: Method = Field(default=Method(), description="how all sites run the method")
+
+
+class AggregatorSettings(ServiceSettings):
+    """Settings of `feddymem aggregator`."""
+
+    listen: Address = Field(
+        default="127.0.0.1:7070", description="address of the gRPC server, HOST:PORT; port 0 picks a free one"
+    )
+    metrics_listen: Address = Field(
+        default="127.0.0.1:9070", description="address of /metrics, HOST:PORT; port 0 picks a free one"
+    )
+    state_dir: Path = Field(default=Path("state/aggregator"), description="folder for all state; made if missing")
+    federations: dict[Name, FederationSettings] = Field(min_length=1, description="the federations, by name")

@@ -1,0 +1,127 @@
+"""`feddymem`: start services, inspect images, see status, run the demo.
+
+Exit codes: 0 done; 1 failed; 2 a wrong flag, setting or input folder; 3 a server cannot be reached or refuses; 4 some
+images could not
+be inspected; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import feddymem
+from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
+
+app = typer.Typer(
+    help="Federated anomaly detection with dynamic memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_Server = Annotated[str, typer.Option(help="HOST:PORT of the service.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(feddymem.__version__)
+        raise typer.Exit
+
+
+@app.command(context_settings=_PASS_ON)
+def edge(context: typer.Context) -> None:
+    """Start a site's edge client (`feddymem edge --help` lists its settings)."""
+    from services.edge_client.main import main as run
+
+    _run_service(run, context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def aggregator(context: typer.Context) -> None:
+    """Start the aggregator (`feddymem aggregator --help` lists its settings)."""
+    from services.aggregator.main import main as run
+
+    _run_service(run, context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def inference(context: typer.Context) -> None:
+    """Start the inference service (`feddymem inference --help` lists its settings)."""
+    from services.inference.main import main as run
+
+    _run_service(run, context.args)
+
+
+@app.command()
+def inspect(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    server: _Server = "127.0.0.1:7072",
+    federation: Annotated[str, typer.Option(help="Federation; needed where the service has several.")] = "",
+    site: Annotated[str, typer.Option(help="Site; needed where the service has several.")] = "",
+    heatmap: Annotated[Path | None, typer.Option(help="Folder to write a heatmap PNG for each image to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")] = False,
+) -> None:
+    """Score images at an inference service."""
+    from services.cli.inspect import inspect as run
+
+    raise typer.Exit(run(images, server, federation, site, heatmap, as_json))
+
+
+@app.command()
+def status(
+    server: _Server = "127.0.0.1:7070",
+    federation: Annotated[str, typer.Option(help="Only this federation.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Show federations, rounds, sites and releases of an aggregator."""
+    from services.cli.status import status as run
+
+    raise typer.Exit(run(server, federation, as_json))
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of site folders in the MVTec AD layout; without it, synthetic products.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("out"),
+) -> None:
+    """Run a whole federation on this machine, inspect all test images, and write a report."""
+    from services.demo.main import demo as run
+
+    raise typer.Exit(run(data, out))
+
+
+def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:
+    from feddymem.datasets import DatasetError
+    from services.edge_client.participant import ParticipationError
+    from services.runtime.settings import InvalidSettingsError
+
+    try:
+        run(args)
+    except (InvalidSettingsError, DatasetError) as error:
+        _fail(str(error), USAGE)
+    except ParticipationError as error:
+        _fail(str(error), REFUSED)
+    except (OSError, ValueError) as error:
+        _fail(str(error), FAILED)
+
+
+def _fail(text: str, code: int) -> None:
+    typer.echo(f"feddymem: {text}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the `feddymem` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

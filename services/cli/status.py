@@ -1,0 +1,62 @@
+"""`feddymem status`."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
+from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase
+from feddymem.v1.federation_pb2_grpc import FederationServiceStub
+from services.cli.exit_codes import OK, REFUSED
+
+_TIMEOUT_SECONDS = 10
+"""A person waits for the answer."""
+
+
+def status(server: str, federation: str, as_json: bool) -> int:
+    """Prints the state of an aggregator's federations; the exit code."""
+    try:
+        response = get_status(server, federation)
+    except grpc.RpcError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"feddymem: {server}: {error.code().name}: {error.details()}", markup=False
+        )
+        return REFUSED
+    if as_json:
+        print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return OK
+    console = Console()
+    for state in response.federations:
+        console.print(_table(state))
+    return OK
+
+
+def get_status(server: str, federation: str = "") -> GetStatusResponse:
+    """The state of an aggregator's federations.
+
+    Raises:
+        grpc.RpcError: the aggregator refused, or cannot be reached.
+    """
+    with grpc.insecure_channel(server) as channel:
+        return FederationServiceStub(channel).GetStatus(
+            GetStatusRequest(federation=federation), timeout=_TIMEOUT_SECONDS
+        )
+
+
+def _table(state: FederationStatus) -> Table:
+    title = (
+        f"{state.federation}: {phase_name(state.phase)}, round {state.round} of {state.method.rounds}, "
+        f"release {state.release or 'none'}, quorum {state.quorum}"
+    )
+    table = Table("site", "present", "images", "last round", "KiB per round", title=title)
+    for site in state.sites:
+        sent = ", ".join(f"{count / 1024:.1f}" for count in site.bytes_per_round) or "-"
+        table.add_row(site.site, "yes" if site.present else "no", str(site.images), str(site.last_round or "-"), sent)
+    return table
+
+
+def phase_name(phase: Phase.ValueType) -> str:
+    """A phase in lower case: waiting, open, aggregating or done."""
+    return Phase.Name(phase).removeprefix("PHASE_").lower()

@@ -1,0 +1,1 @@
+"""`feddymem demo`: a whole federation as separate processes on this machine, and its report."""

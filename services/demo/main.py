@@ -1,0 +1,184 @@
+"""`feddymem demo`: the whole system as separate processes on loopback, and what it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import grpc
+import numpy as np
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.table import Table
+
+from feddymem.client import InspectionClient
+from feddymem.datasets import DatasetError, SiteData, load_sites
+from feddymem.method import Method
+from feddymem.synthetic import write_products
+from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus
+from feddymem.v1.inspection_pb2 import MAP_FORMAT_FLOAT32
+from services.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE
+from services.cli.status import get_status, phase_name
+from services.demo.local import local_image_auroc
+from services.demo.processes import Fleet, RunningService, ServiceFailedError
+from services.demo.report import Report, ScoredImage, SiteReport, write_report
+
+_FEDERATION = "demo"
+_ROUNDS_SECONDS = 3600
+_READY_SECONDS = 120
+
+
+def demo(data: Path | None, out: Path) -> int:
+    """Runs the demo; the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="feddymem-demo-") as folder:
+            if data is None:
+                data = Path(folder) / "synthetic"
+                write_products(data)
+            report = _run(load_sites(data), Path(folder), console)
+            write_report(report, out)
+    except KeyboardInterrupt:
+        console.print("feddymem demo: interrupted; all services are stopped")
+        return INTERRUPTED
+    except DatasetError as error:
+        console.print(f"feddymem demo: {error}", markup=False)
+        return USAGE
+    except ServiceFailedError as error:
+        console.print(f"feddymem demo: {error}", markup=False)
+        return FAILED
+    Console().print(_table(report))
+    console.print(f"report: {out / 'report.html'} and {out / 'report.json'}", markup=False)
+    return OK
+
+
+def _run(sites: tuple[SiteData, ...], folder: Path, console: Console) -> Report:
+    started = time.perf_counter()
+    method = Method()
+    with Fleet(folder / "services") as fleet:
+        with console.status("starting services") as shown:
+            aggregator, inference = _start(fleet, sites, method, folder)
+            status = _follow_rounds(fleet, aggregator, shown.update)
+            shown.update("waiting for the inference service")
+            _wait_served(fleet, inference, sites, status.release)
+            scored = {}
+            for site in sites:
+                shown.update(f"inspecting {len(site.test)} images of {site.name}")
+                scored[site.name] = _inspect(inference, site)
+        federated_seconds = time.perf_counter() - started
+    sent = {site.site: tuple(site.bytes_per_round) for site in status.sites}
+    reports = {}
+    for site in sites:
+        with console.status(f"{site.name} alone, for comparison"):
+            alone = local_image_auroc(site, method, folder)
+        reports[site.name] = SiteReport(scored[site.name], alone, sent[site.name])
+    return Report(
+        sites=reports,
+        seconds=time.perf_counter() - started,
+        federated_seconds=federated_seconds,
+        rounds=status.method.rounds,
+        fingerprint=status.feature_space.fingerprint,
+        release=status.release,
+    )
+
+
+def _start(
+    fleet: Fleet, sites: tuple[SiteData, ...], method: Method, folder: Path
+) -> tuple[RunningService, RunningService]:
+    names = [site.name for site in sites]
+    settings = {
+        "quorum": len(names),
+        "sites": names,
+        "round_deadline_seconds": _ROUNDS_SECONDS,
+        "method": method.model_dump(),
+    }
+    config = folder / "aggregator.yaml"
+    config.write_text(yaml.safe_dump({"federations": {_FEDERATION: settings}}))
+    aggregator = fleet.start("aggregator", "aggregator", "--config", str(config))
+    for site in sites:
+        # One thread each: the sites of a demo share one machine's cores.
+        flags = ["--federation", _FEDERATION, "--site", site.name, "--aggregator", aggregator.grpc, "--threads", "1"]
+        fleet.launch(f"edge-{site.name}", "edge", *flags, "--data", str(site.train_folder))
+    edges = [fleet.wait_listening(f"edge-{name}").grpc for name in names]
+    flags = ["--aggregator", aggregator.grpc, *(flag for address in edges for flag in ("--edge-clients", address))]
+    return aggregator, fleet.start("inference", "inference", *flags)
+
+
+def _follow_rounds(fleet: Fleet, aggregator: RunningService, show: object) -> FederationStatus:
+    """Waits until the federation is done; its last status."""
+    seen: list[FederationStatus] = []
+
+    def done() -> bool:
+        seen[:] = get_status(aggregator.grpc, _FEDERATION).federations
+        state = seen[0]
+        delivered = sum(site.last_round >= state.round for site in state.sites)
+        show(  # type: ignore[operator]
+            f"round {state.round} of {state.method.rounds}: {phase_name(state.phase)}, "
+            f"{len(state.sites)} sites joined, {delivered} banks"
+        )
+        return state.phase == PHASE_DONE
+
+    fleet.wait_until(done, _ROUNDS_SECONDS, "the federation's rounds")
+    return seen[0]
+
+
+def _wait_served(fleet: Fleet, inference: RunningService, sites: tuple[SiteData, ...], release: int) -> None:
+    """Waits until the inference service is ready and scores every site with the last release."""
+    with grpc.insecure_channel(inference.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+
+        def serving() -> bool:
+            return bool(health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING)
+
+        fleet.wait_until(serving, _READY_SECONDS, "the inference service to be ready")
+    for site in sites:
+        image = site.train[0].read_bytes()
+        with InspectionClient(inference.grpc, site=site.name) as client:
+
+            def current(client: InspectionClient = client, image: bytes = image) -> bool:
+                with contextlib.suppress(grpc.RpcError):  # not served yet: asked again until the time is up
+                    return client.inspect(image).release == release
+                return False
+
+            fleet.wait_until(current, _READY_SECONDS, f"release {release} to be served for {site.name}")
+
+
+def _inspect(inference: RunningService, site: SiteData) -> tuple[ScoredImage, ...]:
+    return tuple(_scored(inference, site))
+
+
+def _scored(inference: RunningService, site: SiteData) -> Iterator[ScoredImage]:
+    with InspectionClient(inference.grpc, site=site.name) as client:
+        responses = client.inspect_files((image.path for image in site.test), MAP_FORMAT_FLOAT32)
+        for image, response in zip(site.test, responses, strict=True):
+            if response.HasField("error"):
+                raise ServiceFailedError(f"{image.path}: {response.error.message}")
+            result = response.result
+            values = np.frombuffer(result.map.data, "<f4").reshape(result.map.height, result.map.width)
+            yield ScoredImage(image, result.score, values)
+
+
+def _table(report: Report) -> Table:
+    table = Table("site", "image AUROC", "site alone", "pixel AUROC", "KiB per round", title="inspection through gRPC")
+    for name, figures in (*report.site_figures.items(), ("mean", report.mean_figures)):
+        cells = (_cell(figures[key]) for key in ("image_auroc", "local_image_auroc", "pixel_auroc"))
+        table.add_row(
+            name, *cells, f"{(figures['bytes_per_round'] or 0) / 1024:.1f}", end_section=name == list(report.sites)[-1]
+        )
+    table.caption = f"{report.federated_seconds:.0f} s federated and inspected, {report.seconds:.0f} s in all"
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""The edge client: a site's images to a reduced memory bank, in every round."""

@@ -1,0 +1,1 @@
+"""The inference service: scores images with the current releases."""

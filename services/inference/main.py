@@ -1,0 +1,55 @@
+"""`feddymem inference`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.inference.batcher import Batcher
+from services.inference.registry import Registry
+from services.inference.servicer import InspectionServicer
+from services.inference.settings import InferenceSettings
+from services.runtime.hardware import set_threads
+from services.runtime.logs import configure_logs
+from services.runtime.publisher import follow
+from services.runtime.server import Readiness, listening, run_until_stopped
+from services.runtime.settings import load_settings
+
+
+def main(args: list[str]) -> None:
+    """Runs the inference service until SIGTERM.
+
+    Raises:
+        InvalidSettingsError: a setting is off.
+        OSError: an address cannot be bound, or the state folder cannot be written.
+    """
+    settings = load_settings(InferenceSettings, args)
+    configure_logs(settings.log_format)
+    set_threads(settings.threads)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: InferenceSettings) -> None:
+    registry = Registry(settings)
+    batcher = Batcher(settings.max_batch, settings.queue_size)
+    servicer = InspectionServicer(registry, batcher, settings.max_pixels)
+    batcher.start()
+    try:
+        async with listening(settings, [servicer.service], settings.max_request_bytes) as readiness:
+            await registry.load()
+            publishers = (settings.aggregator, *settings.edge_clients)
+            await run_until_stopped(
+                _show(readiness, registry),
+                *(
+                    follow(address, settings.federations, registry.arrays, settings, registry.receive)
+                    for address in publishers
+                ),
+            )
+    finally:
+        batcher.stop()
+
+
+async def _show(readiness: Readiness, registry: Registry) -> None:
+    """Keeps readiness true: SERVING exactly while there is something to score with."""
+    while True:
+        await readiness.set(registry.ready)
+        await registry.changes.wait()

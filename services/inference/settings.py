@@ -1,0 +1,34 @@
+"""Settings of the inference service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from feddymem.images import MAX_PIXELS
+from services.runtime.settings import Address, ClientSettings, Name
+
+
+class InferenceSettings(ClientSettings):
+    """Settings of `feddymem inference`."""
+
+    listen: Address = Field(
+        default="127.0.0.1:7072", description="address of the gRPC server, HOST:PORT; port 0 picks a free one"
+    )
+    metrics_listen: Address = Field(
+        default="127.0.0.1:9072", description="address of /metrics, HOST:PORT; port 0 picks a free one"
+    )
+    state_dir: Path = Field(default=Path("state/inference"), description="folder for releases; made if missing")
+    edge_clients: tuple[Address, ...] = Field(
+        default=(), description="addresses of this site's edge clients, one per federation"
+    )
+    federations: tuple[Name, ...] = Field(
+        default=(), description="federations to serve; empty for all that the aggregator has"
+    )
+    max_batch: int = Field(default=8, ge=1, le=1024, description="images computed together, at most")
+    queue_size: int = Field(default=64, ge=1, le=100_000, description="inspections waiting, at most; more are refused")
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
+    max_request_bytes: int = Field(
+        default=64 * 2**20, ge=1024, le=2**31 - 1, description="largest request accepted, in bytes"
+    )

@@ -1,0 +1,1 @@
+"""What all services share: settings, servers and channels, arrays on the wire, publishing, logs, metrics."""

@@ -1,0 +1,124 @@
+"""Arrays on disk, by content: a file is named by the SHA-256 of its bytes, whole or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from feddymem.v1.array_pb2 import Array, ArrayChunk
+from services.runtime.arrays import check_chunk
+from services.runtime.errors import data_loss, invalid, not_found
+
+
+class ArrayStore:
+    """A folder of arrays, and of the parts of those still on their way."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, sha256: bytes) -> bool:
+        return self._path(sha256).exists()
+
+    def held_bytes(self, manifest: Array) -> int:
+        """Bytes of an array that are here already, from its start on."""
+        if manifest.sha256 in self:
+            return manifest.size_bytes
+        part = self._part(manifest.sha256)
+        return part.stat().st_size if part.exists() else 0
+
+    def read(self, sha256: bytes) -> bytes:
+        """All bytes of an array.
+
+        Raises:
+            Refusal: NOT_FOUND if it is not here.
+        """
+        try:
+            return self._path(sha256).read_bytes()
+        except FileNotFoundError as error:
+            raise not_found(f"no array {sha256.hex()} is held here") from error
+
+    def put(self, sha256: bytes, data: bytes) -> None:
+        """Keeps an array; on disk when it returns."""
+        if sha256 not in self:
+            part = self._part(sha256)
+            part.write_bytes(data)
+            self._finish(part, sha256)
+
+    def append(self, manifest: Array, chunk: ArrayChunk) -> None:
+        """Keeps the next chunk of an array; the whole array is on disk when its last chunk has been appended.
+
+        A chunk that is here already is passed over, so sending one twice is harmless.
+
+        Raises:
+            Refusal: DATA_LOSS for a bad checksum of chunk or array, INVALID_ARGUMENT for a gap or bytes behind the
+                end. Nothing
+                of a chunk that is refused is kept, nor anything of an array with a bad checksum.
+        """
+        check_chunk(chunk)
+        end = chunk.offset + len(chunk.data)
+        if end > manifest.size_bytes:
+            raise invalid(f"array {manifest.name!r}: chunk ends at {end}, behind its {manifest.size_bytes} bytes")
+        held = self.held_bytes(manifest)
+        if end <= held:
+            return
+        if chunk.offset != held:
+            raise invalid(f"array {manifest.name!r}: chunk starts at {chunk.offset}, expected {held}; resume there")
+        part = self._part(manifest.sha256)
+        with part.open("ab") as file:
+            file.write(chunk.data)
+        if end == manifest.size_bytes:
+            self._check(part, manifest)
+            self._finish(part, manifest.sha256)
+
+    def discard(self, sha256: bytes) -> None:
+        """Removes an array, and what there is of it."""
+        self._path(sha256).unlink(missing_ok=True)
+        self._part(sha256).unlink(missing_ok=True)
+
+    def keep_only(self, wanted: set[bytes]) -> None:
+        """Removes every whole array that is not wanted any more."""
+        names = {sha256.hex() for sha256 in wanted}
+        for path in self._folder.iterdir():
+            if path.suffix == "" and path.name not in names:
+                path.unlink()
+
+    def _check(self, part: Path, manifest: Array) -> None:
+        if hashlib.sha256(part.read_bytes()).digest() != manifest.sha256:
+            part.unlink()
+            raise data_loss(
+                f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again"
+            )
+
+    def _finish(self, part: Path, sha256: bytes) -> None:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(self._path(sha256))
+        sync_folder(self._folder)
+
+    def _path(self, sha256: bytes) -> Path:
+        return self._folder / sha256.hex()
+
+    def _part(self, sha256: bytes) -> Path:
+        return self._folder / f"{sha256.hex()}.part"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a small file so that a reader, or a restart, sees the old or the new content and nothing between."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""Publish and watch: serving releases, and following somebody else's.
+
+A push to a Kubernetes Service reaches one replica only; so releases are published on a stream that every
+inference pod watches. Aggregator and edge client publish in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+from grpc import aio
+
+from feddymem.v1 import release_pb2_grpc
+from feddymem.v1.array_pb2 import Array
+from feddymem.v1.release_pb2 import (
+    DownloadArrayRequest,
+    DownloadArrayResponse,
+    Release,
+    WatchReleasesRequest,
+    WatchReleasesResponse,
+)
+from services.runtime.array_store import ArrayStore
+from services.runtime.arrays import check_manifest, chunks
+from services.runtime.changes import Changes
+from services.runtime.channels import TRANSIENT, open_channel
+from services.runtime.errors import as_refusal, invalid
+from services.runtime.logs import get_logger
+from services.runtime.server import Service
+from services.runtime.settings import ClientSettings
+
+MAX_ARRAY_BYTES = 2**30
+"""Largest array that a receiver of releases accepts."""
+
+_log = get_logger()
+
+
+class Publisher(release_pb2_grpc.ReleaseServiceServicer):
+    """Serves the current release of each federation, and the arrays of all releases."""
+
+    def __init__(self, arrays: ArrayStore) -> None:
+        self._arrays = arrays
+        self._current: dict[str, Release] = {}
+        self._changes = Changes()
+
+    def publish(self, release: Release) -> None:
+        """Makes a release the current one of its federation; its arrays are in the store already."""
+        self._current[release.federation] = release
+        self._changes.notify()
+
+    def current(self, federation: str) -> Release | None:
+        """The current release of a federation."""
+        return self._current.get(federation)
+
+    @property
+    def service(self) -> Service:
+        """What a server needs to serve this."""
+        return Service(
+            "feddymem.v1.ReleaseService",
+            lambda server: release_pb2_grpc.add_ReleaseServiceServicer_to_server(self, server),
+        )
+
+    async def WatchReleases(
+        self, request: WatchReleasesRequest, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[WatchReleasesResponse]:
+        """See release.proto."""
+        sent: dict[str, int] = {}
+        while True:
+            for federation, release in sorted(self._current.items()):
+                if request.federations and federation not in request.federations:
+                    continue
+                if sent.get(federation) != release.version:
+                    sent[federation] = release.version
+                    yield WatchReleasesResponse(release=release)
+                    break
+            else:
+                await self._changes.wait()
+
+    async def DownloadArray(
+        self, request: DownloadArrayRequest, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[DownloadArrayResponse]:
+        """See release.proto."""
+        data = await asyncio.to_thread(self._arrays.read, request.sha256)
+        if request.offset > len(data):
+            raise invalid(f"offset {request.offset} is behind the array's {len(data)} bytes")
+        for chunk in chunks(request.sha256, data, request.offset):
+            yield DownloadArrayResponse(chunk=chunk)
+
+
+async def follow(
+    address: str,
+    federations: tuple[str, ...],
+    arrays: ArrayStore,
+    settings: ClientSettings,
+    receive: Callable[[Release], Awaitable[None]],
+) -> None:
+    """Watches a publisher for ever: downloads the arrays of each release that comes, then hands it over.
+
+    Goes on where it was when the publisher or the line is gone for a while.
+    """
+    async with open_channel(address) as channel:
+        stub = release_pb2_grpc.ReleaseServiceStub(channel)
+        while True:
+            try:
+                request = WatchReleasesRequest(federations=federations)
+                async for response in stub.WatchReleases(request, wait_for_ready=True):
+                    await download(stub, response.release.arrays, arrays, settings)
+                    await receive(response.release)
+            except aio.AioRpcError as error:
+                _log.warning("watch_interrupted", publisher=address, code=error.code().name, details=error.details())
+            except Exception as error:
+                refusal = as_refusal(error)
+                if refusal is None:
+                    raise
+                _log.error("release_refused", publisher=address, reason=refusal.text)
+            await pause(settings)
+
+
+async def download(
+    stub: release_pb2_grpc.ReleaseServiceAsyncStub,
+    manifests: Iterable[Array],
+    arrays: ArrayStore,
+    settings: ClientSettings,
+) -> None:
+    """Fetches those arrays that are not in the store yet, each from where an interrupted download stopped.
+
+    Raises:
+        Refusal: a manifest or a chunk that is off.
+        grpc.aio.AioRpcError: the line broke or the time is up; what has arrived is kept.
+    """
+    manifest: Array
+    for manifest in manifests:
+        check_manifest(manifest, MAX_ARRAY_BYTES)
+        if manifest.sha256 in arrays:
+            continue
+        request = DownloadArrayRequest(sha256=manifest.sha256, offset=arrays.held_bytes(manifest))
+        async for response in stub.DownloadArray(request, timeout=settings.transfer_timeout_seconds):
+            arrays.append(manifest, response.chunk)
+
+
+async def pause(settings: ClientSettings) -> None:
+    """Waits a random time below `retry_seconds`, so that many callers do not come back at once."""
+    await asyncio.sleep(random.uniform(0, settings.retry_seconds))  # noqa: S311 - jitter, not a secret
+
+
+def is_transient(error: aio.AioRpcError) -> bool:
+    """Whether trying the same idempotent call again can help."""
+    return error.code() in TRANSIENT

@@ -1,0 +1,104 @@
+"""Around every RPC of ours: errors become statuses by the catalogue, and the call is counted after it has ended."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc import aio
+from prometheus_client import Counter, Histogram
+
+from services.runtime.errors import as_refusal
+from services.runtime.logs import get_logger
+
+RPCS = Counter("feddymem_rpc_handled_total", "RPCs handled, by method and gRPC status code.", ["method", "code"])
+RPC_SECONDS = Histogram(
+    "feddymem_rpc_duration_seconds",
+    "Time from the start to the end of an RPC, streams included.",
+    ["method"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 600),
+)
+
+_OURS = "/feddymem."
+_log = get_logger()
+
+
+class RpcBoundary(aio.ServerInterceptor):
+    """Turns what a servicer raises into a status, and records the RPC."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handlers of our own services; health and reflection answer for themselves."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
+            return handler
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            if handler.request_streaming:
+                return grpc.stream_stream_rpc_method_handler(_stream(method, handler.stream_stream), **codec)
+            return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream), **codec)
+        return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), **codec)
+
+
+class _Call:
+    """One RPC, from its start to its end."""
+
+    def __init__(self, method: str, context: aio.ServicerContext[Any, Any]) -> None:
+        self._method, self._context = method, context
+        self._start = time.perf_counter()
+        self._code = grpc.StatusCode.OK
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object
+    ) -> None:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, aio.AbortError):
+                await self._refuse(error)
+            elif error is not None:
+                self._code = grpc.StatusCode.CANCELLED
+        finally:
+            RPCS.labels(self._method, self._code.name).inc()
+            RPC_SECONDS.labels(self._method).observe(time.perf_counter() - self._start)
+
+    async def _refuse(self, error: Exception) -> None:
+        refusal = as_refusal(error)
+        if refusal is not None:
+            self._code = refusal.status
+            await self._context.abort(refusal.status, refusal.text)
+        self._code = grpc.StatusCode.INTERNAL
+        request_id = uuid.uuid4().hex
+        _log.error("rpc_failed", method=self._method, request_id=request_id, exc_info=error)
+        await self._context.abort(
+            grpc.StatusCode.INTERNAL,
+            f"internal error; its details are in the server's log under request id {request_id}",
+        )
+
+
+def _unary(method: str, handle: Any) -> Any:
+    async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        async with _Call(method, context):
+            return await handle(request, context)
+
+    return handled
+
+
+def _stream(method: str, handle: Any) -> Any:
+    async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async with _Call(method, context):
+            async for response in handle(request, context):
+                yield response
+
+    return handled

@@ -1,0 +1,129 @@
+"""A service's life: listen, be ready or not, stop on SIGTERM with requests in flight finished."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import prometheus_client
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.runtime.array_store import write_atomically
+from services.runtime.channels import SERVER_OPTIONS
+from services.runtime.logs import get_logger
+from services.runtime.rpc import RpcBoundary
+from services.runtime.settings import ServiceSettings
+
+LIVENESS = "liveness"
+"""Name under which the health service says SERVING for as long as the process answers, ready or not."""
+
+_log = get_logger()
+
+
+@dataclass(frozen=True)
+class Service:
+    """One gRPC service to be served: its full name, and what adds its servicer to a server."""
+
+    name: str
+    add: Callable[[aio.Server], None]
+
+
+class Readiness:
+    """Readiness as `grpc.health.v1` shows it: of the whole server (name "") and of each service by name."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._names = ("", *names)
+
+    async def set(self, ready: bool) -> None:
+        """Says SERVING or NOT_SERVING to all who ask and watch."""
+        states = health_pb2.HealthCheckResponse
+        for name in self._names:
+            await self.servicer.set(name, states.SERVING if ready else states.NOT_SERVING)
+
+
+@asynccontextmanager
+async def listening(
+    settings: ServiceSettings, services: Sequence[Service], max_request_bytes: int = 4 * 2**20
+) -> AsyncIterator[Readiness]:
+    """Serves until the block is left, then drains: not ready, requests in flight finished, closed.
+
+    Starts not ready, with health, reflection and /metrics. Writes the bound addresses to `settings.address_file`.
+
+    Raises:
+        OSError: an address cannot be bound.
+    """
+    server = aio.server(
+        interceptors=[RpcBoundary()],
+        options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],
+    )
+    names = [service.name for service in services]
+    for service in services:
+        service.add(server)
+    readiness = Readiness(names)
+    health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
+    await readiness.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+    await readiness.set(False)
+    reflection.enable_server_reflection(
+        (*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+    )
+    address = _bind(server, settings.listen)
+    host, _, port = settings.metrics_listen.rpartition(":")
+    metrics, _thread = prometheus_client.start_http_server(int(port), host)
+    await server.start()
+    bound = {"grpc": address, "metrics": f"{host}:{metrics.server_port}"}
+    if settings.address_file:
+        write_atomically(settings.address_file, json.dumps(bound).encode())
+    _log.info("listening", **bound)
+    try:
+        yield readiness
+    finally:
+        await readiness.set(False)
+        await server.stop(settings.drain_seconds)
+        metrics.shutdown()
+        metrics.server_close()
+        _log.info("stopped")
+
+
+async def run_until_stopped(*work: Coroutine[Any, Any, None], until_done: bool = False) -> None:
+    """Runs work until SIGTERM or SIGINT, or until one part of it fails.
+
+    Args:
+        work: coroutines that go on for as long as the service lives.
+        until_done: whether to return, too, when any of them has finished.
+
+    Raises:
+        Exception: the first failure of any of the work.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    stopped = asyncio.ensure_future(stop.wait())
+    running: set[asyncio.Future[Any]] = {stopped, *(asyncio.ensure_future(coroutine) for coroutine in work)}
+    try:
+        while not stop.is_set():
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            if until_done:
+                break
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _bind(server: aio.Server, address: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"listen: {address} cannot be bound; is another process using it?") from error
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -1,0 +1,179 @@
+"""Settings of a service: from a YAML file, environment variables and flags, in rising precedence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+ENVIRONMENT_PREFIX = "FEDDYMEM_"
+
+
+class InvalidSettingsError(ValueError):
+    """A setting is unknown, missing or out of range; the text names its key."""
+
+
+def _host_and_port(address: str) -> str:
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65_535:
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_host_and_port)]
+"""HOST:PORT."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
+"""Name of a federation or site: letters, digits, '.', '_' and '-'; at most 63."""
+
+
+class ServiceSettings(BaseSettings):
+    """Settings that every service has. Each can be given as a YAML key, as an environment variable
+    (FEDDYMEM_ and the key in capitals; `__` between nested keys), or as a flag.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    config: Path | None = Field(default=None, description="YAML file with these settings")
+    listen: Address = Field(description="address of the gRPC server, HOST:PORT; port 0 picks a free one")
+    metrics_listen: Address = Field(
+        description="address of the Prometheus endpoint /metrics, HOST:PORT; port 0 picks a free one"
+    )
+    state_dir: Path = Field(description="folder for everything that must survive a restart; made if missing")
+    address_file: Path | None = Field(
+        default=None, description="file to write the bound addresses to, as JSON, once the server listens (for port 0)"
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="form of log lines; auto is console on a terminal, else JSON"
+    )
+    drain_seconds: float = Field(
+        default=20, ge=0, le=600, description="time for requests in flight to finish after SIGTERM, before they are cut"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags (added in front by pydantic-settings) before environment before file."""
+        return init_settings, env_settings
+
+
+class ClientSettings(ServiceSettings):
+    """Settings of a service that calls others."""
+
+    aggregator: Address = Field(description="address of the aggregator, HOST:PORT")
+    rpc_timeout_seconds: float = Field(
+        default=30,
+        gt=0,
+        le=600,
+        description="longest wait for the answer to a small call, after which it is tried again",
+    )
+    transfer_timeout_seconds: float = Field(
+        default=600, gt=0, le=86_400, description="longest time for one upload or download; it resumes where it stopped"
+    )
+    retry_seconds: float = Field(
+        default=2,
+        gt=0,
+        le=300,
+        description="longest pause before a broken call is tried again; the real one is random below it",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="threads that compute; by default the cores that this process may use"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to compute; auto is CUDA where there is one"
+    )
+    checkpoint: Path | None = Field(default=None, description="safetensors file with the backbone's weights")
+
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def load_settings(cls: type[Settings], args: list[str]) -> Settings:
+    """Settings from flags, the environment and the YAML file that --config or FEDDYMEM_CONFIG names.
+
+    Args:
+        cls: which service's settings.
+        args: command-line flags; `--help` prints all settings and exits.
+
+    Raises:
+        InvalidSettingsError: names the key, the value and what is expected.
+    """
+    flags: CliSettingsSource[Settings] = CliSettingsSource(
+        cls, cli_prog_name=f"feddymem {_command(cls)}", cli_parse_args=False
+    )
+    try:
+        flags = flags(args=args)
+        values = flags()
+        path = values.get("config") or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+        file = _read(cls, Path(path)) if path else None
+
+        class FromFile(cls):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                return tuple(s for s in (flags, sources["env_settings"], file) if s is not None)
+
+        _refuse_unknown_environment(cls)
+        return cls.model_construct(**dict(FromFile()))
+    except ValidationError as error:
+        raise InvalidSettingsError("; ".join(_explain(e) for e in error.errors())) from error
+    except SettingsError as error:
+        raise InvalidSettingsError(str(error)) from error
+
+
+def _command(cls: type[ServiceSettings]) -> str:
+    return cls.__module__.split(".")[-2].removesuffix("_client")
+
+
+def _read(cls: type[Settings], path: Path) -> YamlConfigSettingsSource:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidSettingsError(f"config: {path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidSettingsError(f"config: {path} must hold `key: value` lines, not {type(content).__name__}")
+    return YamlConfigSettingsSource(cls, yaml_file=path)
+
+
+def _refuse_unknown_environment(cls: type[ServiceSettings]) -> None:
+    known = {f"{ENVIRONMENT_PREFIX}{key.upper()}" for key in cls.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(ENVIRONMENT_PREFIX) and name.split("__")[0] not in known:
+            raise InvalidSettingsError(f"environment variable {name} is not a setting of `feddymem {_command(cls)}`")
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "settings"
+    message = {"missing": "is required but not set", "extra_forbidden": "is not a known setting"}.get(
+        error["type"], error["msg"]
+    )
+    given = "" if error["type"] in ("missing", "extra_forbidden") else f" (given: {error['input']!r})"
+    return f"{key}: {message}{given}"
