@@ -10,7 +10,7 @@ RUN python -m venv /opt/feddymem \
 FROM dependencies AS package
 WORKDIR /src
 COPY . .
-RUN /opt/feddymem/bin/pip install --no-cache-dir --no-deps --prefix /package .
+RUN /opt/feddymem/bin/pip install --no-cache-dir --no-deps --no-build-isolation --prefix /package .
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 feddymem \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -114,6 +115,12 @@ class Fleet:
             if process.poll() is not None:
                 tail = self._logs[name].read_text(errors="replace")[-2000:]
                 raise ServiceFailedError(f"{name} ended with exit code {process.returncode}:\n{tail}")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Sends one service a signal and waits until it has ended; its exit code."""
+        process = self._processes.pop(name)
+        process.send_signal(number)
+        return process.wait(_STOP_SECONDS)
 
     def stop(self) -> None:
         """Ends all services: SIGTERM, and SIGKILL for what does not listen to it. Safe to call twice."""

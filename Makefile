@@ -1,0 +1,70 @@
+# `make help` explains every target.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out
+PROTOS := $(wildcard protos/feddymem/v1/*.proto)
+IMAGE ?= feddymem:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
+ENGINE ?= $(shell command -v podman || command -v docker)
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup demo test check format protos lock images bench clean
+
+help:  ## Explain every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/installed  ## Make the virtual environment from the locked versions (7 GB: PyPI's torch carries CUDA)
+
+# No requirement is built from source, and setuptools for our own package comes from the lock as well.
+$(VENV)/installed: requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup  ## Run a federation on this machine and write OUT/report.html; DATA=DIR for your own site folders
+	$(BIN)/feddymem demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: setup  ## Run all tests (those that need a GPU are skipped where there is none)
+	$(BIN)/python -m pytest
+
+check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && buf lint
+	$(BIN)/python -m tests.generated_code
+	$(BIN)/hadolint Dockerfile
+
+format: setup  ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: setup  ## Generate feddymem/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos \
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+
+breaking: setup  ## Compare the contract with the one of BASE (default: the last commit); fails on a breaking change
+	cd protos && buf breaking --against '../.git#ref=$(or $(BASE),HEAD),subdir=protos'
+
+lock: setup  ## Lock the newest versions that pyproject.toml allows
+	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml
+	$(BIN)/pip-compile $(LOCK_FLAGS) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+
+LOCK_FLAGS := --quiet --upgrade --strip-extras --allow-unsafe --no-header \
+  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
+
+images: ## Build the container image with podman or docker
+	$(ENGINE) build --tag $(IMAGE) .
+
+bench: setup  ## Measure memory of an edge client and of release swaps; writes benchmarks/results
+	$(BIN)/python -m benchmarks.edge_memory
+	$(BIN)/python -m benchmarks.release_swaps
+
+clean:  ## Remove everything that make made
+	rm -rf $(VENV) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,124 @@
+"""An edge client that says exactly what a test wants it to say."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Iterable, Iterator
+
+import grpc
+import numpy as np
+
+from feddymem.feature_space import FeatureSpace
+from feddymem.memory import MemoryBank
+from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
+from feddymem.v1.federation_pb2 import (
+    BankHeader,
+    JoinRequest,
+    Phase,
+    UploadBankRequest,
+    UploadBankResponse,
+    WatchRoundsRequest,
+    WatchRoundsResponse,
+)
+from services.runtime.arrays import WireArray, bank_to_wire, chunks
+from services.runtime.messages import feature_space_to_message
+
+SPACE = FeatureSpace(
+    backbone="tf_efficientnet_lite0",
+    weights_sha256="0" * 64,
+    reductions=(8, 16),
+    input_size=32,
+    mean=(127.0, 127.0, 127.0),
+    std=(128.0, 128.0, 128.0),
+    pooling=3,
+    channels=16,
+    grid=4,
+)
+TIMEOUT_SECONDS = 30
+
+
+def make_bank(seed: int = 0, items: int = 20) -> MemoryBank:
+    """A bank that an honest site could make."""
+    rng = np.random.default_rng(seed)
+    return MemoryBank(
+        items=rng.normal(size=(items, SPACE.channels)).astype(np.float32),
+        weights=rng.integers(1, 50, items).astype(np.float32),
+        spreads=rng.uniform(0, 1, items).astype(np.float32),
+    )
+
+
+class FakeSite:
+    """Speaks for one site with one instance name."""
+
+    def __init__(
+        self, channel: grpc.Channel, site: str, federation: str = "parts", space: FeatureSpace = SPACE
+    ) -> None:
+        self.rounds = federation_pb2_grpc.FederationServiceStub(channel)
+        self.releases = release_pb2_grpc.ReleaseServiceStub(channel)
+        self.federation, self.site, self.space = federation, site, space
+        self.instance = uuid.uuid4().hex
+
+    def join(self) -> None:
+        """Joins."""
+        self.rounds.Join(
+            JoinRequest(
+                federation=self.federation,
+                site=self.site,
+                instance=self.instance,
+                feature_space=feature_space_to_message(self.space),
+                images=10,
+            ),
+            timeout=TIMEOUT_SECONDS,
+            wait_for_ready=True,
+        )
+
+    def watch(self) -> grpc.CallIterator[WatchRoundsResponse]:
+        """Watches the rounds."""
+        request = WatchRoundsRequest(federation=self.federation, site=self.site, instance=self.instance)
+        return self.rounds.WatchRounds(request, timeout=TIMEOUT_SECONDS)
+
+    def wait_for(self, phase: Phase.ValueType, round_number: int) -> WatchRoundsResponse:
+        """Waits until the federation is in a phase of a round."""
+        events = self.watch()
+        for event in events:
+            if (event.phase, event.round) == (phase, round_number):
+                events.cancel()
+                return event
+        raise AssertionError("the stream of rounds ended")
+
+    def header(self, arrays: Iterable[WireArray], round_number: int = 1) -> BankHeader:
+        """The header of a bank with these arrays."""
+        return BankHeader(
+            federation=self.federation,
+            site=self.site,
+            instance=self.instance,
+            round=round_number,
+            fingerprint=self.space.fingerprint,
+            images=10,
+            arrays=[array.manifest for array in arrays],
+        )
+
+    def upload(self, bank: MemoryBank, round_number: int = 1) -> list[UploadBankResponse]:
+        """Uploads a bank as an honest edge client does."""
+        arrays = bank_to_wire(bank, "float16")
+        return self.send(self.header(arrays, round_number), arrays)
+
+    def send(self, header: BankHeader, arrays: Iterable[WireArray]) -> list[UploadBankResponse]:
+        """Sends a header and all bytes of these arrays."""
+        pieces = [chunk for array in arrays for chunk in chunks(array.manifest.sha256, array.data)]
+        return self.send_raw([UploadBankRequest(header=header), *(UploadBankRequest(chunk=chunk) for chunk in pieces)])
+
+    def send_raw(self, requests: Iterable[UploadBankRequest]) -> list[UploadBankResponse]:
+        """Sends these messages and returns all answers."""
+
+        def stream() -> Iterator[UploadBankRequest]:
+            yield from requests
+
+        return list(self.rounds.UploadBank(stream(), timeout=TIMEOUT_SECONDS))
+
+    def with_space(self, **changes: object) -> FakeSite:
+        """The same site with another feature space."""
+        other = object.__new__(FakeSite)
+        other.__dict__.update(self.__dict__, space=dataclasses.replace(self.space, **changes))  # type: ignore[arg-type]
+        return other
