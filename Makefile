@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 PROTOS := $(wildcard protos/feddymem/v1/*.proto)
-IMAGE ?= feddymem:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
+IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -60,7 +61,8 @@ LOCK_FLAGS := --quiet --upgrade --strip-extras --allow-unsafe --no-header \
   --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
 images: ## Build the container image with podman or docker
-	$(ENGINE) build --tag $(IMAGE) .
+	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --tag $(IMAGE) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) .
 
 bench: setup  ## Measure memory of an edge client and of release swaps; writes benchmarks/results
 	$(BIN)/python -m benchmarks.edge_memory

@@ -25,7 +25,7 @@ def main(args: list[str]) -> None:
     """
     settings = load_settings(AggregatorSettings, args)
     configure_logs(settings.log_format)
-    set_threads(None)
+    set_threads(settings.threads)
     asyncio.run(_serve(settings))
 
 

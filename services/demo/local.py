@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from feddymem.backbone import load_extractor
+from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import SiteData
 from feddymem.evaluation import auroc
 from feddymem.extraction import extract
@@ -17,16 +16,12 @@ from feddymem.method import Method
 from feddymem.scoring import Scorer
 
 
-def local_image_auroc(site: SiteData, method: Method, folder: Path) -> float:
+def local_image_auroc(site: SiteData, method: Method, extractor: FeatureExtractor, folder: Path) -> float:
     """Image AUROC of a federation of this site alone, at the same memory budget: its bank may fill the global
     memory."""
-    extractor = load_extractor()
     patches = extract(site.train, extractor, folder / "local.f16").patches
     alone = method.model_copy(update={"bank_items": method.memory_items})
     outcome = federate({site.name: patches}, alone)
     scorer = Scorer(extractor, outcome.memory, outcome.generators[site.name])
-    scores = []
-    for image in site.test:
-        prepared = extractor.prepare(decode_file(image.path))
-        scores.append(scorer.inspect(torch.stack([prepared]))[0].score)
+    scores = [scorer.inspect(extractor.prepare(decode_file(image.path))[None])[0].score for image in site.test]
     return auroc(np.array([image.defect for image in site.test], bool), np.array(scores))

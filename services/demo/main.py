@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
+from feddymem.backbone import load_extractor
 from feddymem.client import InspectionClient
 from feddymem.datasets import DatasetError, SiteData, load_sites
 from feddymem.method import Method
@@ -75,9 +76,10 @@ def _run(sites: tuple[SiteData, ...], folder: Path, console: Console) -> Report:
         federated_seconds = time.perf_counter() - started
     sent = {site.site: tuple(site.bytes_per_round) for site in status.sites}
     reports = {}
+    extractor = load_extractor()
     for site in sites:
         with console.status(f"{site.name} alone, for comparison"):
-            alone = local_image_auroc(site, method, folder)
+            alone = local_image_auroc(site, method, extractor, folder)
         reports[site.name] = SiteReport(scored[site.name], alone, sent[site.name])
     return Report(
         sites=reports,

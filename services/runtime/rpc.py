@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 from grpc import aio
 from prometheus_client import Counter, Histogram
 
+from services.runtime.changes import Changes
 from services.runtime.errors import as_refusal
 from services.runtime.logs import get_logger
 
@@ -29,6 +31,16 @@ _log = get_logger()
 class RpcBoundary(aio.ServerInterceptor):
     """Turns what a servicer raises into a status, and records the RPC."""
 
+    def __init__(self) -> None:
+        self._busy: set[object] = set()
+        self._changes = Changes()
+
+    async def wait_idle(self, seconds: float) -> None:
+        """Waits until no RPC is in work, at most so long. Watches do not count: they never end by themselves."""
+        deadline = time.monotonic() + seconds
+        while self._busy and (left := deadline - time.monotonic()) > 0:
+            await self._changes.wait(left)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
@@ -45,9 +57,37 @@ class RpcBoundary(aio.ServerInterceptor):
         }
         if handler.response_streaming:
             if handler.request_streaming:
-                return grpc.stream_stream_rpc_method_handler(_stream(method, handler.stream_stream), **codec)
-            return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream), **codec)
-        return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), **codec)
+                return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
+            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+
+    def _unary(self, method: str, handle: Any) -> Any:
+        async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+            with self._in_work(method):
+                async with _Call(method, context):
+                    return await handle(request, context)
+
+        return handled
+
+    def _stream(self, method: str, handle: Any) -> Any:
+        async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            with self._in_work(method):
+                async with _Call(method, context):
+                    async for response in handle(request, context):
+                        yield response
+
+        return handled
+
+    @contextmanager
+    def _in_work(self, method: str) -> Iterator[None]:
+        call = object()
+        if not method.rpartition("/")[2].startswith("Watch"):
+            self._busy.add(call)
+        try:
+            yield
+        finally:
+            self._busy.discard(call)
+            self._changes.notify()
 
 
 class _Call:
@@ -85,20 +125,3 @@ class _Call:
             grpc.StatusCode.INTERNAL,
             f"internal error; its details are in the server's log under request id {request_id}",
         )
-
-
-def _unary(method: str, handle: Any) -> Any:
-    async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-        async with _Call(method, context):
-            return await handle(request, context)
-
-    return handled
-
-
-def _stream(method: str, handle: Any) -> Any:
-    async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        async with _Call(method, context):
-            async for response in handle(request, context):
-                yield response
-
-    return handled

@@ -60,8 +60,9 @@ async def listening(
     Raises:
         OSError: an address cannot be bound.
     """
+    boundary = RpcBoundary()
     server = aio.server(
-        interceptors=[RpcBoundary()],
+        interceptors=[boundary],
         options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],
     )
     names = [service.name for service in services]
@@ -86,7 +87,10 @@ async def listening(
         yield readiness
     finally:
         await readiness.set(False)
-        await server.stop(settings.drain_seconds)
+        draining = asyncio.ensure_future(server.stop(settings.drain_seconds))  # refuses new requests from here on
+        await boundary.wait_idle(settings.drain_seconds)
+        await server.stop(None)
+        await draining
         metrics.shutdown()
         metrics.server_close()
         _log.info("stopped")

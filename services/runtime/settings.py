@@ -67,6 +67,9 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="form of log lines; auto is console on a terminal, else JSON"
     )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="threads that compute; by default the cores that this process may use"
+    )
     drain_seconds: float = Field(
         default=20, ge=0, le=600, description="time for requests in flight to finish after SIGTERM, before they are cut"
     )
@@ -102,9 +105,6 @@ class ClientSettings(ServiceSettings):
         gt=0,
         le=300,
         description="longest pause before a broken call is tried again; the real one is random below it",
-    )
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, description="threads that compute; by default the cores that this process may use"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; auto is CUDA where there is one"

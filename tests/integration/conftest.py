@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
 
+from feddymem.client import InspectionClient
 from feddymem.datasets import SiteData, load_sites
 from feddymem.synthetic import write_products
 from services.demo.processes import Fleet, RunningService
@@ -32,6 +35,58 @@ def start_aggregator(fleet: Fleet, tmp_path: Path) -> StartAggregator:
         return fleet.start(name, "aggregator", "--config", str(config))
 
     return start
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """A federation of two sites that is done, and the inference service that serves it."""
+
+    fleet: Fleet
+    aggregator: RunningService
+    edges: dict[str, RunningService]
+    inference: RunningService
+    sites: dict[str, SiteData]
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory, products: dict[str, SiteData]) -> Iterator[System]:
+    """Real processes: aggregator, two edge clients, inference; two rounds done. Tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("system")
+    config = folder / "aggregator.yaml"
+    sites = {name: products[name] for name in ("brick-hall", "dim-hall")}
+    method = {"bank_items": 200, "memory_items": 500, "rounds": 2}
+    config.write_text(yaml.safe_dump({"federations": {"bricks": {"sites": list(sites), "method": method}}}))
+    with Fleet(folder) as fleet:
+        aggregator = fleet.start("aggregator", "aggregator", "--config", str(config))
+        for name, site in sites.items():
+            fleet.launch(f"edge-{name}", "edge", *edge_flags(aggregator, site, "bricks"))
+        edges = {name: fleet.wait_listening(f"edge-{name}") for name in sites}
+        inference = fleet.start("inference", "inference", *inference_flags(aggregator, edges.values()))
+        for name in sites:
+            fleet.wait_until(lambda name=name: serves(inference, sites[name], 2), 120, f"release 2 for {name}")  # type: ignore[misc]
+        yield System(fleet, aggregator, edges, inference, sites)
+
+
+def edge_flags(aggregator: RunningService, site: SiteData, federation: str = "parts") -> list[str]:
+    """Flags of an edge client of a site."""
+    flags = ["--aggregator", aggregator.grpc, "--federation", federation, "--site", site.name]
+    return [*flags, "--data", str(site.train_folder), "--threads", "1", "--retry-seconds", "0.2"]
+
+
+def inference_flags(aggregator: RunningService, edges: Iterable[RunningService]) -> list[str]:
+    """Flags of an inference service."""
+    addresses = [flag for edge in edges for flag in ("--edge-clients", edge.grpc)]
+    return ["--aggregator", aggregator.grpc, *addresses, "--retry-seconds", "0.2"]
+
+
+def serves(inference: RunningService, site: SiteData, release: int) -> bool:
+    """Whether an inference service scores a site's images with a release."""
+    with InspectionClient(inference.grpc, site=site.name) as client:
+        try:
+            return client.inspect(site.train[0].read_bytes()).release == release
+        except grpc.RpcError as error:
+            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)  # noqa: PT017
+            return False
 
 
 @pytest.fixture(scope="session")

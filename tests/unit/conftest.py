@@ -1,0 +1,17 @@
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+
+from feddymem.backbone import FeatureExtractor, load_extractor
+
+# The same examples on every run and machine, and no file left behind.
+hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.load_profile("unit")
+
+
+@pytest.fixture(scope="session")
+def extractor() -> FeatureExtractor:
+    return load_extractor(device="cpu")
