@@ -31,7 +31,7 @@ class FeatureExtractor(nn.Module):
 
     Pooling pads with zeros: features of the outermost patches shrink, and with them the distances at the image border,
     where what is visible depends on how the part was cut out more than on the part. On magtile that is worth
-    10 points of image AUROC (docs/method.md).
+    6 points of image AUROC (docs/method.md).
     """
 
     mean: Tensor

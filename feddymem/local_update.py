@@ -17,7 +17,7 @@ from feddymem.patches import PatchSource
 _LEARNING_RATE = 1e-3
 _IMAGES_PER_STEP = 4
 _PATCHES_PER_STEP = 1024
-_RADIUS_QUANTILE = 0.9
+_RADIUS_QUANTILE = 0.5
 """The hypersphere's radius: this quantile of the distances of normal patches to the memory."""
 _MOVEMENT_PENALTY = 0.1
 """Weight of the squared distance that the generator moves a patch; keeps sites in one space and defects visible."""

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import yaml
 
 from feddymem.aggregate import aggregate
 from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT32
@@ -30,21 +31,37 @@ from tests.integration.fake_site import SPACE, TIMEOUT_SECONDS, FakeSite, make_b
 METHOD = {"bank_items": 30, "memory_items": 32, "rounds": 2}
 
 
-@pytest.fixture
-def aggregator(start_aggregator: StartAggregator) -> RunningService:
-    return start_aggregator(quorum=2, sites=["a", "b"], method=METHOD)
+FEDERATIONS = [f"parts-{number:02}" for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[grpc.Channel, Iterator[str]]]:
+    """One aggregator for many tests, and a federation of its own for each of them."""
+    folder = tmp_path_factory.mktemp("aggregator")
+    settings = {"quorum": 2, "sites": ["a", "b"], "method": METHOD}
+    config = folder / "aggregator.yaml"
+    config.write_text(yaml.safe_dump({"federations": dict.fromkeys(FEDERATIONS, settings)}))
+    with Fleet(folder) as fleet:
+        running = fleet.start("aggregator", "aggregator", "--config", str(config))
+        with grpc.insecure_channel(running.grpc) as opened:
+            yield opened, iter(FEDERATIONS)
 
 
 @pytest.fixture
-def channel(aggregator: RunningService) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(aggregator.grpc) as opened:
-        yield opened
+def channel(shared: tuple[grpc.Channel, Iterator[str]]) -> grpc.Channel:
+    return shared[0]
 
 
 @pytest.fixture
-def sites(channel: grpc.Channel) -> tuple[FakeSite, FakeSite]:
+def federation(shared: tuple[grpc.Channel, Iterator[str]]) -> str:
+    """A federation that no other test uses."""
+    return next(shared[1])
+
+
+@pytest.fixture
+def sites(channel: grpc.Channel, federation: str) -> tuple[FakeSite, FakeSite]:
     """Two sites that have joined, in an open first round."""
-    a, b = FakeSite(channel, "a"), FakeSite(channel, "b")
+    a, b = FakeSite(channel, "a", federation), FakeSite(channel, "b", federation)
     a.join()
     b.join()
     a.wait_for(PHASE_OPEN, 1)
@@ -58,7 +75,8 @@ def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 
 
 def current_release(site: FakeSite) -> Release:
-    stream = site.releases.WatchReleases(WatchReleasesRequest(), timeout=TIMEOUT_SECONDS)
+    request = WatchReleasesRequest(federations=[site.federation])
+    stream = site.releases.WatchReleases(request, timeout=TIMEOUT_SECONDS)
     release = next(stream).release
     stream.cancel()
     return release
@@ -98,18 +116,18 @@ def test_the_federation_is_done_after_its_rounds(sites: tuple[FakeSite, FakeSite
     assert "round 3" in text
 
 
-def test_before_the_quorum_the_state_is_waiting(channel: grpc.Channel) -> None:
-    site = FakeSite(channel, "a")
+def test_before_the_quorum_the_state_is_waiting(channel: grpc.Channel, federation: str) -> None:
+    site = FakeSite(channel, "a", federation)
     site.join()
     assert site.wait_for(PHASE_WAITING, 1).seconds_left == 0
 
 
-def test_unknown_federation_and_unlisted_site_are_refused_by_name(channel: grpc.Channel) -> None:
-    code, text = refused(FakeSite(channel, "a", federation="boats").join)
+def test_unknown_federation_and_unlisted_site_are_refused_by_name(channel: grpc.Channel, federation: str) -> None:
+    code, text = refused(FakeSite(channel, "a", "boats").join)
     assert (code, "'boats'" in text) == (grpc.StatusCode.NOT_FOUND, True)
-    code, text = refused(FakeSite(channel, "stranger").join)
+    code, text = refused(FakeSite(channel, "stranger", federation).join)
     assert (code, "'stranger'" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
-    code, _ = refused(lambda: FakeSite(channel, "a").rounds.GetStatus(GetStatusRequest(federation="boats")))
+    code, _ = refused(lambda: FakeSite(channel, "a", federation).rounds.GetStatus(GetStatusRequest(federation="boats")))
     assert code == grpc.StatusCode.NOT_FOUND
 
 
@@ -206,8 +224,8 @@ def test_the_same_bank_twice_is_harmless_and_another_one_is_refused(sites: tuple
     assert (code, "'a'" in text) == (grpc.StatusCode.ALREADY_EXISTS, True)
 
 
-def test_a_site_that_comes_twice_is_told_so(channel: grpc.Channel) -> None:
-    first, second = FakeSite(channel, "a"), FakeSite(channel, "a")
+def test_a_site_that_comes_twice_is_told_so(channel: grpc.Channel, federation: str) -> None:
+    first, second = FakeSite(channel, "a", federation), FakeSite(channel, "a", federation)
     first.join()
     stream = first.watch()
     next(stream)

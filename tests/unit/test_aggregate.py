@@ -1,0 +1,132 @@
+"""Aggregation: banks that fit are kept, banks that do not are merged without losing a patch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from feddymem.aggregate import Aggregation, aggregate
+from feddymem.memory import MemoryBank
+
+
+def bank(count: int, channels: int = 5, seed: int = 0, shift: float = 0) -> MemoryBank:
+    rng = np.random.default_rng(seed)
+    return MemoryBank(
+        items=rng.normal(shift, 1, (count, channels)).astype(np.float32),
+        weights=rng.integers(1, 50, count).astype(np.float32),
+        spreads=rng.gamma(2, 0.1, count).astype(np.float32),
+    )
+
+
+def squared_distances(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.asarray(((a[:, None].astype(np.float64) - b[None].astype(np.float64)) ** 2).sum(-1))
+
+
+def assert_same(a: Aggregation, b: Aggregation) -> None:
+    for name in ("items", "weights", "spreads"):
+        np.testing.assert_array_equal(getattr(a.memory, name), getattr(b.memory, name))
+    assert (a.iterations, a.inertia) == (b.iterations, b.inertia)
+
+
+@pytest.mark.parametrize("count", [7, 8, 1000])
+def test_items_that_all_fit_are_kept_as_they_are(count: int) -> None:
+    banks = [bank(4, seed=1), bank(3, seed=2)]
+    merged = aggregate(banks, count)
+    whole = MemoryBank.concatenate(banks)
+    np.testing.assert_array_equal(merged.memory.items, whole.items)
+    np.testing.assert_array_equal(merged.memory.weights, whole.weights)
+    np.testing.assert_array_equal(merged.memory.spreads, whole.spreads)
+    assert (merged.iterations, merged.inertia) == (0, 0)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 60), st.integers(0, 100))
+def test_no_patch_is_lost_and_the_memory_is_bounded(sizes: list[int], count: int, seed: int) -> None:
+    banks = [bank(size, seed=seed + number) for number, size in enumerate(sizes)]
+    merged = aggregate(banks, count, seed).memory
+    assert len(merged) <= count
+    assert merged.weights.sum() == sum(each.weights.sum() for each in banks)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 59])
+def test_weights_spreads_and_inertia_are_those_of_the_items_behind_each(count: int) -> None:
+    pool = MemoryBank.concatenate([bank(30, seed=1), bank(30, seed=2, shift=4)])
+    merged = aggregate([pool], count)
+    squared = squared_distances(pool.items, merged.memory.items)
+    cells = squared.argmin(1)
+    for number in range(len(merged.memory)):
+        mine = cells == number
+        weights = pool.weights[mine].astype(np.float64)
+        assert merged.memory.weights[number] == weights.sum()
+        scatter = pool.spreads[mine].astype(np.float64) ** 2 + squared[mine, number]
+        assert merged.memory.spreads[number] == pytest.approx(
+            np.sqrt((weights * scatter).sum() / weights.sum()), rel=1e-3
+        )
+    assert merged.inertia == pytest.approx(squared.min(1).sum(), rel=1e-3, abs=1e-4)
+
+
+def test_the_items_are_those_of_k_means() -> None:
+    """At its fixed point each item is the mean of the bank items behind it."""
+    centres = np.array([[0, 0], [50, 0], [0, 50], [50, 50]], np.float32)
+    noise = np.random.default_rng(0).normal(size=(4, 25, 2)).astype(np.float32)
+    items = (centres[:, None] + noise).reshape(-1, 2)
+    ones = np.ones(100, np.float32)
+    merged = aggregate([MemoryBank(items=items, weights=ones, spreads=0 * ones)], 4)
+    means = items.reshape(4, 25, 2).mean(1)
+    np.testing.assert_allclose(squared_distances(merged.memory.items, means).min(0), 0, atol=1e-5)
+    assert merged.memory.weights.tolist() == [25] * 4
+    assert merged.iterations > 0
+
+
+def test_sites_far_apart_all_keep_items() -> None:
+    """A site of few patches is not drowned by one of many."""
+    large, small = bank(200, seed=1), bank(5, seed=2, shift=40)
+    merged = aggregate([large, small], 20).memory
+    assert squared_distances(small.items, merged.items).min(1).max() < 40
+
+
+def test_the_typical_distance_grows_by_what_merging_moves() -> None:
+    banks = [bank(50, seed=1), bank(50, seed=2)]
+    whole, merged = MemoryBank.concatenate(banks), aggregate(banks, 10).memory
+    moved = np.average(squared_distances(whole.items, merged.items).min(1), weights=whole.weights)
+    assert merged.typical_distance**2 == pytest.approx(whole.typical_distance**2 + moved, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [5, 9, 60])
+def test_duplicates_are_merged(count: int) -> None:
+    places = np.array([[0, 0], [9, 0], [0, 9], [9, 9], [4, 4]], np.float32)
+    ones = np.ones(100, np.float32)
+    merged = aggregate([MemoryBank(items=np.tile(places, (20, 1)), weights=ones, spreads=0 * ones)], count).memory
+    assert sorted(map(tuple, merged.items.tolist())) == sorted(map(tuple, places.tolist()))
+    assert merged.weights.tolist() == [20] * 5
+    assert not merged.spreads.any()
+
+
+def test_the_result_is_the_same_for_the_same_arguments() -> None:
+    banks = [bank(60, seed=1), bank(60, seed=2)]
+    assert_same(aggregate(banks, 25, seed=7), aggregate(banks, 25, seed=7))
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**63 - 1])
+def test_any_seed_of_a_method_will_do(seed: int) -> None:
+    assert len(aggregate([bank(60)], 25, seed).memory) <= 25
+
+
+def test_banks_are_not_changed() -> None:
+    mine, copy = bank(60), bank(60)
+    aggregate([mine], 10)
+    for name in ("items", "weights", "spreads"):
+        np.testing.assert_array_equal(getattr(mine, name), getattr(copy, name))
+
+
+def test_no_banks_are_refused() -> None:
+    with pytest.raises(ValueError, match="no banks to aggregate"):
+        aggregate([], 10)
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_banks_of_different_channels_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=r"different numbers of channels: \[4, 5\]"):
+        aggregate([bank(3, channels=5), bank(3, channels=4)], count)

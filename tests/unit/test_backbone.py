@@ -1,0 +1,220 @@
+"""The backbone: real ImageNet weights, features that depend on the image alone, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from skimage import data
+from torch import Tensor, nn
+from torch.nn import functional
+
+from feddymem import backbone
+from feddymem.backbone import EMBEDDED_BACKBONE, FeatureExtractor, load_extractor, resolve_device
+from feddymem.feature_space import FeatureSpace
+from feddymem.images import from_raw
+
+ESPRESSO, CATS, MISSILE = {967}, {281, 282, 283, 284, 285}, {657}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in backbone._embedded_state().items()}
+
+
+def photograph(size: tuple[int, int] = (50, 80), seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+
+
+class Maps(nn.Module):
+    """A network of two given feature maps, the same for every image."""
+
+    def __init__(self, fine: Tensor, coarse: Tensor) -> None:
+        super().__init__()
+        self.maps = [fine, coarse]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [m.expand(len(images), -1, -1, -1) for m in self.maps]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("coffee", ESPRESSO), ("chelsea", CATS), ("rocket", MISSILE)],
+)
+def test_the_embedded_weights_know_the_classes_of_imagenet(
+    name: str, classes: set[int], embedded: dict[str, Tensor]
+) -> None:
+    model = timm.create_model(EMBEDDED_BACKBONE, pretrained=False).eval()
+    model.load_state_dict(embedded, strict=True)
+    photo = getattr(data, name)()
+    margins = [(side - min(photo.shape[:2])) // 2 for side in photo.shape[:2]]
+    square = photo[margins[0] :, margins[1] :][: min(photo.shape[:2]), : min(photo.shape[:2])]
+    pixels = torch.tensor(square).permute(2, 0, 1)[None].float()
+    resized = functional.interpolate(pixels, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+    with torch.inference_mode():
+        assert int(model((resized - 127) / 128).argmax()) in classes
+
+
+def test_the_default_feature_space_is_the_documented_one(extractor: FeatureExtractor) -> None:
+    space = extractor.feature_space
+    assert (space.backbone, space.reductions, space.input_size) == ("tf_efficientnet_lite0", (8, 16), 224)
+    assert (space.mean, space.std) == ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
+    assert (space.channels, space.grid, space.pooling) == (152, 28, 3)
+
+
+def test_the_default_fingerprint_is_that_of_earlier_versions(extractor: FeatureExtractor) -> None:
+    """Kept banks and releases carry it: changing the default feature space orphans them."""
+    assert extractor.feature_space.fingerprint == "d37fdd82cb1cee6d4d197d034e4fc3003188c3dc30b18c26f68a867531babd29"
+
+
+def test_features_have_the_shape_of_the_feature_space(extractor: FeatureExtractor) -> None:
+    features = extractor(torch.stack([extractor.prepare(photograph(seed=seed)) for seed in range(2)]))
+    assert (tuple(features.shape), features.dtype) == ((2, 28 * 28, 152), torch.float32)
+    assert features.is_contiguous()
+    assert bool(features.isfinite().all())
+
+
+def test_features_of_an_image_are_the_same_alone_and_in_a_batch(extractor: FeatureExtractor) -> None:
+    batch = torch.stack([extractor.prepare(photograph(seed=seed)) for seed in range(3)])
+    together = extractor(batch)
+    for index in range(3):
+        torch.testing.assert_close(extractor(batch[index : index + 1])[0], together[index], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_the_grid_follows_the_input_size(size: int) -> None:
+    other = load_extractor(input_size=size, device="cpu")
+    assert other.feature_space.grid == size // 8
+    assert tuple(other(other.prepare(photograph())[None]).shape) == (1, (size // 8) ** 2, 152)
+
+
+def test_the_backbone_is_frozen(extractor: FeatureExtractor) -> None:
+    assert not extractor.training
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+
+
+def test_a_prepared_image_is_normalised_by_mean_and_std(extractor: FeatureExtractor) -> None:
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, :, 0], image[:, :, 1], image[:, :, 2] = 255, 127, 0
+    prepared = extractor.prepare(image)
+    assert (tuple(prepared.shape), prepared.dtype) == ((3, 224, 224), torch.float32)
+    for channel, value in enumerate((1.0, 0.0, -127 / 128)):
+        torch.testing.assert_close(prepared[channel], torch.full((224, 224), value))
+
+
+def test_the_whole_image_is_stretched_to_the_square(extractor: FeatureExtractor) -> None:
+    image = np.zeros((60, 300, 3), np.uint8)
+    image[:, 150:] = 254
+    prepared = extractor.prepare(image)[0]
+    assert prepared[:, :110].max() < -0.9
+    assert prepared[:, 114:].min() > 0.9
+
+
+def test_8_and_16_bit_pixels_of_the_same_value_are_prepared_alike(extractor: FeatureExtractor) -> None:
+    image = photograph()
+    torch.testing.assert_close(extractor.prepare(image), extractor.prepare(image.astype(np.float32)))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_raw_pixels_can_be_prepared(extractor: FeatureExtractor, channels: int, bits: int) -> None:
+    raw = from_raw(bytes(10 * 20 * channels * bits // 8), 10, 20, channels, bits)
+    torch.testing.assert_close(extractor.prepare(raw), torch.full((3, 224, 224), -127 / 128))
+
+
+def test_feature_maps_are_joined_on_the_finer_grid_and_mean_pooled_with_zeros_around() -> None:
+    rng = np.random.default_rng(0)
+    fine, coarse = rng.normal(size=(4, 6, 6)), np.full((2, 3, 3), 5.0)
+    space = FeatureSpace(
+        backbone="none",
+        weights_sha256="",
+        reductions=(8, 16),
+        input_size=48,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        pooling=3,
+        channels=6,
+        grid=6,
+    )
+    network = Maps(*(torch.from_numpy(m[None]).float() for m in (fine, coarse)))
+    features = FeatureExtractor(network, space)(torch.zeros(2, 3, 48, 48)).numpy()
+    padded = np.pad(np.concatenate([fine, np.full((2, 6, 6), 5.0)]), ((0, 0), (1, 1), (1, 1)))
+    pooled = np.stack([[padded[:, r : r + 3, c : c + 3].mean((1, 2)) for c in range(6)] for r in range(6)])
+    np.testing.assert_allclose(features, np.broadcast_to(pooled.reshape(36, 6), (2, 36, 6)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_weights_in_a_checkpoint_give_the_same_feature_space(
+    tmp_path: Path, extractor: FeatureExtractor, embedded: dict[str, Tensor]
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(embedded, path)
+    loaded = load_extractor(checkpoint=path, device="cpu")
+    assert loaded.feature_space.weights_sha256 == extractor.feature_space.weights_sha256
+    loaded.feature_space.require_same(extractor.feature_space, "the checkpoint", "the embedded weights")
+    prepared = extractor.prepare(photograph())[None]
+    torch.testing.assert_close(loaded(prepared), extractor(prepared), rtol=0, atol=0)
+
+
+def test_another_value_of_one_weight_gives_another_feature_space(
+    tmp_path: Path, extractor: FeatureExtractor, embedded: dict[str, Tensor]
+) -> None:
+    changed = {name: tensor.clone() for name, tensor in embedded.items()}
+    changed["conv_stem.weight"][0, 0, 0, 0] += 1e-3
+    path = tmp_path / "weights.safetensors"
+    save_file(changed, path)
+    other = load_extractor(checkpoint=path, device="cpu").feature_space
+    assert other.weights_sha256 != extractor.feature_space.weights_sha256
+    assert other.fingerprint != extractor.feature_space.fingerprint
+
+
+def test_another_backbone_is_loaded_from_a_checkpoint_with_its_own_preprocessing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "resnet18.safetensors"
+    save_file(timm.create_model("resnet18", pretrained=False).state_dict(), path)
+    space = load_extractor("resnet18", path, input_size=64, device="cpu").feature_space
+    assert (space.backbone, space.channels, space.grid) == ("resnet18", 128 + 256, 8)
+    assert space.mean == pytest.approx((0.485 * 255, 0.456 * 255, 0.406 * 255))
+    assert space.std == pytest.approx((0.229 * 255, 0.224 * 255, 0.225 * 255))
+
+
+@pytest.mark.parametrize("size", [-16, 0, 16, 100, 225])
+def test_a_bad_input_size_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"input_size is {size}; it must be a multiple of 16, at least 32"):
+        load_extractor(input_size=size, device="cpu")
+
+
+def test_an_unknown_backbone_is_refused() -> None:
+    with pytest.raises(ValueError, match="backbone 'efficientnet_liteo' is not a timm model"):
+        load_extractor("efficientnet_liteo", device="cpu")
+
+
+def test_a_backbone_without_the_needed_feature_maps_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "weights.safetensors"
+    save_file({}, checkpoint)
+    with pytest.raises(ValueError, match=r"'vit_tiny_patch16_224' has feature maps of reductions .*; \[8\] are needed"):
+        load_extractor("vit_tiny_patch16_224", checkpoint, device="cpu")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.safetensors does not exist"):
+        load_extractor(checkpoint=tmp_path / "missing.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "available", "meant"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_the_device_is_resolved(wanted: str, available: bool, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert resolve_device(wanted) == meant
+
+
+def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        resolve_device("cuda")
