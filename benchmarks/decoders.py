@@ -1,4 +1,4 @@
-"""Image decoders compared: milliseconds a 1024 x 1024 image, medians of interleaved runs; and whether a truncated file is refused."""
+"""Image decoders compared: milliseconds for 1024 x 1024, medians of interleaved runs, truncation included."""
 
 from __future__ import annotations
 

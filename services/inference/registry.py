@@ -204,7 +204,11 @@ class Registry:
             extractor = load_extractor(
                 space.backbone, self._settings.checkpoint, space.input_size, resolve_device(self._settings.device)
             )
-            extractor.feature_space.require_same(space, "this service's backbone", f"release of {memory.federation!r}")
+            extractor.feature_space.require_same(
+                space, "this service's backbone", f"the release of federation {memory.federation!r}"
+            )
+            # Warm at the largest batch as well, so that neither time nor memory is spent on it under load.
+            extractor(torch.zeros(self._settings.max_batch, 3, space.input_size, space.input_size))
             self._extractors[space.fingerprint] = extractor
         return self._extractors[space.fingerprint]
 

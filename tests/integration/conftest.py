@@ -62,8 +62,8 @@ def system(tmp_path_factory: pytest.TempPathFactory, products: dict[str, SiteDat
             fleet.launch(f"edge-{name}", "edge", *edge_flags(aggregator, site, "bricks"))
         edges = {name: fleet.wait_listening(f"edge-{name}") for name in sites}
         inference = fleet.start("inference", "inference", *inference_flags(aggregator, edges.values()))
-        for name in sites:
-            fleet.wait_until(lambda name=name: serves(inference, sites[name], 2), 120, f"release 2 for {name}")  # type: ignore[misc]
+        for site in sites.values():
+            fleet.wait_until(lambda site=site: serves(inference, site, 2), 120, f"release 2 for {site.name}")  # type: ignore[misc]
         yield System(fleet, aggregator, edges, inference, sites)
 
 

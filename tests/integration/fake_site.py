@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -73,7 +74,7 @@ class FakeSite:
             wait_for_ready=True,
         )
 
-    def watch(self) -> grpc.CallIterator[WatchRoundsResponse]:
+    def watch(self) -> Any:
         """Watches the rounds."""
         request = WatchRoundsRequest(federation=self.federation, site=self.site, instance=self.instance)
         return self.rounds.WatchRounds(request, timeout=TIMEOUT_SECONDS)
@@ -82,6 +83,7 @@ class FakeSite:
         """Waits until the federation is in a phase of a round."""
         events = self.watch()
         for event in events:
+            assert isinstance(event, WatchRoundsResponse)
             if (event.phase, event.round) == (phase, round_number):
                 events.cancel()
                 return event

@@ -23,7 +23,7 @@ from feddymem.v1.federation_pb2 import (
     UploadBankRequest,
 )
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
-from services.demo.processes import Fleet, RunningService
+from services.demo.processes import Fleet
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks, encode
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import SPACE, TIMEOUT_SECONDS, FakeSite, make_bank

@@ -19,6 +19,7 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from numpy.typing import NDArray
 
 from feddymem.backbone import load_extractor
 from feddymem.images import decode
@@ -81,6 +82,10 @@ def published(service: RunningService) -> tuple[Release, list[tuple[Any, bytes]]
         return release, arrays
 
 
+def grey_pixels(image: bytes) -> NDArray[np.uint8]:
+    return decode(image)[:, :, 0].astype(np.uint8)
+
+
 def inspect(stub: InspectionServiceStub, **fields: Any) -> InspectResponse:
     fields.setdefault("site", "dim-hall")
     return stub.Inspect(InspectRequest(**fields), timeout=TIMEOUT_SECONDS)
@@ -112,7 +117,7 @@ def test_defects_score_higher_than_good_parts(system: System, inspection: Inspec
 
 
 def test_every_encoding_of_the_same_pixels_gets_the_same_score(inspection: InspectionServiceStub, image: bytes) -> None:
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_GRAYSCALE)
+    pixels = grey_pixels(image)
     wide = pixels.astype(np.uint16) * 257
     colour = cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR)
     expected = inspect(inspection, encoded=image).score
@@ -138,7 +143,7 @@ def test_every_encoding_of_the_same_pixels_gets_the_same_score(inspection: Inspe
 
 
 def test_the_png_heatmap_has_the_size_of_the_image(inspection: InspectionServiceStub, image: bytes) -> None:
-    larger = cv2.imencode(".png", cv2.resize(cv2.imdecode(np.frombuffer(image, np.uint8), 0), (301, 173)))[1].tobytes()
+    larger = cv2.imencode(".png", cv2.resize(grey_pixels(image), (301, 173)))[1].tobytes()
     answer = inspect(inspection, encoded=larger, map_format=MAP_FORMAT_PNG)
     assert decode(answer.map.data).shape == (173, 301, 3)
 
@@ -174,7 +179,7 @@ def test_bad_requests_get_their_status_and_lose_nothing(
 
 
 def test_truncated_images_of_every_format_are_invalid(inspection: InspectionServiceStub, image: bytes) -> None:
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    pixels = decode(image)
     for suffix in (".jpg", ".png", ".bmp", ".tiff"):
         data = cv2.imencode(suffix, pixels)[1].tobytes()
         code, _ = refused(lambda data=data: inspect(inspection, encoded=data[: len(data) // 2]))  # type: ignore[misc]
@@ -204,8 +209,8 @@ def test_a_client_that_only_knows_reflection_can_inspect(system: System, image: 
         assert "feddymem.v1.InspectionService" in database.get_services()
         pool = descriptor_pool.DescriptorPool(database)
         method = pool.FindServiceByName("feddymem.v1.InspectionService").FindMethodByName("Inspect")
-        request = message_factory.GetMessageClass(method.input_type)(site="dim-hall", encoded=image)
-        answer = channel.unary_unary(
+        request: Any = message_factory.GetMessageClass(method.input_type)(site="dim-hall", encoded=image)
+        answer: Any = channel.unary_unary(
             "/feddymem.v1.InspectionService/Inspect",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
@@ -233,7 +238,9 @@ def test_every_service_is_serving_and_answers_for_metrics(system: System, inspec
     wanted = {
         system.aggregator: 'feddymem_banks_accepted_total{federation="bricks"} 4.0',
         system.edges["dim-hall"]: 'feddymem_edge_images_total{outcome="read"} 24.0',
-        system.inference: 'feddymem_rpc_handled_total{code="INVALID_ARGUMENT",method="/feddymem.v1.InspectionService/Inspect"}',
+        system.inference: (
+            'feddymem_rpc_handled_total{code="INVALID_ARGUMENT",method="/feddymem.v1.InspectionService/Inspect"}'
+        ),
     }
     for service, line in wanted.items():
         with grpc.insecure_channel(service.grpc) as channel:
@@ -241,7 +248,7 @@ def test_every_service_is_serving_and_answers_for_metrics(system: System, inspec
             for name in ("", "liveness"):
                 status = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_SECONDS).status
                 assert status == health_pb2.HealthCheckResponse.SERVING
-        with urllib.request.urlopen(f"http://{service.metrics}/metrics", timeout=30) as page:  # noqa: S310
+        with urllib.request.urlopen(f"http://{service.metrics}/metrics", timeout=30) as page:
             text = page.read().decode()
         assert line in text
         assert "process_resident_memory_bytes" in text

@@ -73,9 +73,9 @@ def test_a_wrong_setting_ends_the_start_and_is_named(
 
 def test_an_address_in_use_ends_the_start_and_is_named(aggregator: RunningService, tmp_path: Path) -> None:
     addresses = ("--listen", aggregator.grpc, "--metrics-listen", "127.0.0.1:0")
+    state = ("--state-dir", str(tmp_path / "state"))
     run = subprocess.run(
-        [sys.executable, "-m", "services.cli", "inference", "--aggregator", "127.0.0.1:1", *addresses]
-        + ["--state-dir", str(tmp_path / "state")],
+        [sys.executable, "-m", "services.cli", "inference", "--aggregator", "127.0.0.1:1", *addresses, *state],
         capture_output=True,
         text=True,
         timeout=120,

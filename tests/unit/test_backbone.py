@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,15 @@ ESPRESSO, CATS, MISSILE = {967}, {281, 282, 283, 284, 285}, {657}
 @pytest.fixture(scope="module")
 def embedded() -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in backbone._embedded_state().items()}
+
+
+@pytest.fixture
+def warn_always() -> Iterator[None]:
+    """Torch gives some warnings once a process; here they do not depend on what ran before."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
 
 
 def photograph(size: tuple[int, int] = (50, 80), seed: int = 0) -> NDArray[np.uint8]:
@@ -122,7 +132,7 @@ def test_8_and_16_bit_pixels_of_the_same_value_are_prepared_alike(extractor: Fea
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_raw_pixels_can_be_prepared(extractor: FeatureExtractor, channels: int, bits: int) -> None:
+def test_raw_pixels_can_be_prepared(extractor: FeatureExtractor, channels: int, bits: int, warn_always: None) -> None:
     raw = from_raw(bytes(10 * 20 * channels * bits // 8), 10, 20, channels, bits)
     torch.testing.assert_close(extractor.prepare(raw), torch.full((3, 224, 224), -127 / 128))
 

@@ -1,4 +1,4 @@
-"""Memory-reduce: coverage as by the plain greedy loop, honest averages of cells, bounded whatever the number of images."""
+"""Memory-reduce: coverage as by the plain greedy loop, honest averages of cells, in blocks of any size."""
 
 from __future__ import annotations
 
@@ -299,5 +299,6 @@ def test_a_sample_of_more_than_there_is_keeps_every_patch() -> None:
 
 def test_a_sample_passes_through_the_transform() -> None:
     features = images(4)
-    plain, doubled = (sample(PatchArray(features), 9, 1, lambda block, by=by: by * block) for by in (1, 2))
+    plain = sample(PatchArray(features), 9, seed=1)
+    doubled = sample(PatchArray(features), 9, seed=1, transform=lambda block: 2 * block)
     np.testing.assert_array_equal(doubled.items, 2 * plain.items)

@@ -1,0 +1,142 @@
+"""A whole federation: repeatable, and what one site knows helps the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from feddymem.aggregate import aggregate
+from feddymem.federation import FederatedMemory, federate, next_memory
+from feddymem.local_update import local_update
+from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import nearest_items
+from feddymem.method import Method
+from feddymem.patches import PatchArray, PatchSource
+
+GRID, CHANNELS = 4, 8
+METHOD = Method(bank_items=24, memory_items=60)
+
+
+def features(centre: float, images: int = 12, seed: int = 0) -> NDArray[np.float32]:
+    """Patches around a place that differs from site to site."""
+    return np.random.default_rng(seed).normal(centre, 1, (images, GRID * GRID, CHANNELS)).astype(np.float32)
+
+
+def two_sites() -> dict[str, PatchSource]:
+    return {"a": PatchArray(features(0, seed=1)), "b": PatchArray(features(6, seed=2))}
+
+
+def method(**changes: Any) -> Method:
+    return Method(**(METHOD.model_dump() | changes))
+
+
+def distance(outcome: FederatedMemory, site: str, patches: NDArray[np.float32]) -> float:
+    """Mean distance of patches to the memory, as the site would score them."""
+    mapped, generator = torch.from_numpy(patches), outcome.generators[site]
+    if generator is not None:
+        mapped = generator(mapped)
+    return float(nearest_items(mapped.flatten(0, 1), torch.from_numpy(outcome.memory.items))[0].mean())
+
+
+def assert_same_memory(a: MemoryBank, b: MemoryBank) -> None:
+    for name in ("items", "weights", "spreads"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_the_outcome_is_the_same_for_the_same_arguments() -> None:
+    first, second = federate(two_sites(), METHOD), federate(two_sites(), METHOD)
+    assert_same_memory(first.memory, second.memory)
+    for site in ("a", "b"):
+        mine, theirs = first.generators[site], second.generators[site]
+        assert mine is not None
+        assert theirs is not None
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
+    backwards = dict(reversed(two_sites().items()))
+    assert_same_memory(federate(two_sites(), METHOD).memory, federate(backwards, METHOD).memory)
+
+
+@pytest.mark.parametrize("switched", [True, False])
+def test_sites_cover_each_others_normals(switched: bool) -> None:
+    chosen, sites = method(generator=switched), two_sites()
+    together, alone = federate(sites, chosen), federate({"a": sites["a"]}, chosen)
+    others_normals = features(6, images=4, seed=7)
+    assert distance(together, "a", others_normals) < 0.5 * distance(alone, "a", others_normals)
+
+
+def test_a_federation_does_not_hide_what_no_site_has_seen() -> None:
+    outcome = federate(two_sites(), METHOD)
+    own, unseen = features(0, images=4, seed=8), features(-8, images=4, seed=9)
+    assert distance(outcome, "a", unseen) > 3 * distance(outcome, "a", own)
+
+
+def test_more_rounds_cover_the_normals_better() -> None:
+    fresh = features(0, images=4, seed=7)
+    one, three = (federate(two_sites(), method(rounds=rounds, memory_items=200)) for rounds in (1, 3))
+    assert distance(three, "a", fresh) < distance(one, "a", fresh)
+
+
+def test_one_round_is_the_sites_banks_aggregated() -> None:
+    chosen = method(rounds=1)
+    banks = [local_update(source, None, None, chosen, 1).bank for _, source in sorted(two_sites().items())]
+    assert_same_memory(federate(two_sites(), chosen).memory, aggregate(banks, 60, chosen.seed).memory)
+
+
+def test_a_round_keeps_what_the_memory_had() -> None:
+    memory, bank = (local_update(source, None, None, METHOD, 1).bank for source in two_sites().values())
+    merged = next_memory(memory, [bank], METHOD).memory
+    np.testing.assert_array_equal(merged.items, np.concatenate([memory.items, bank.items]))
+    np.testing.assert_array_equal(next_memory(None, [bank], METHOD).memory.items, bank.items)
+
+
+@pytest.mark.parametrize("items", [1, 10, 60])
+def test_the_memory_keeps_to_its_size(items: int) -> None:
+    assert len(federate(two_sites(), method(memory_items=items, rounds=3)).memory) <= items
+
+
+def test_every_site_has_its_own_generator() -> None:
+    generators = federate(two_sites(), METHOD).generators
+    assert sorted(generators) == ["a", "b"]
+    a, b = generators["a"], generators["b"]
+    assert a is not None
+    assert b is not None
+    assert not torch.equal(a.outer.weight, b.outer.weight)
+
+
+def test_without_generator_there_is_none() -> None:
+    assert federate(two_sites(), method(generator=False)).generators == {"a": None, "b": None}
+
+
+def test_without_metric_loss_the_memory_is_that_of_no_generator() -> None:
+    assert_same_memory(
+        federate(two_sites(), method(metric_loss=False)).memory, federate(two_sites(), method(generator=False)).memory
+    )
+
+
+@pytest.mark.parametrize("switch", ["generator", "metric_loss", "memory_reduce"])
+def test_every_switch_changes_the_memory(switch: str) -> None:
+    full, without = (federate(two_sites(), method(**{switch: on})).memory for on in (True, False))
+    assert full.items.shape != without.items.shape or not np.array_equal(full.items, without.items)
+
+
+def test_the_seed_changes_the_outcome() -> None:
+    assert not np.array_equal(
+        federate(two_sites(), METHOD).memory.items, federate(two_sites(), method(seed=1)).memory.items
+    )
+
+
+@pytest.mark.parametrize("generator", [True, False])
+@pytest.mark.parametrize("memory_reduce", [True, False])
+def test_sites_with_nothing_new_do_not_break_later_rounds(memory_reduce: bool, generator: bool) -> None:
+    """As where a site has one image, or where all its images are the same: the memory holds every patch already."""
+    few = np.random.default_rng(0).integers(0, 2, (3, GRID * GRID, CHANNELS)).astype(np.float32)
+    sites: dict[str, PatchSource] = {"a": PatchArray(few), "b": PatchArray(few[:1])}
+    chosen = method(generator=generator, memory_reduce=memory_reduce, bank_items=100, memory_items=1000, rounds=3)
+    outcome = federate(sites, chosen)
+    assert distance(outcome, "a", few) < 0.1

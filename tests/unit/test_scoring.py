@@ -1,0 +1,211 @@
+"""Scoring: distances to a crafted memory, smooth anomaly maps, and heatmaps on a scale of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from torch import nn
+
+from feddymem.backbone import FeatureExtractor
+from feddymem.feature_space import FeatureSpace
+from feddymem.generator import MemoryGenerator
+from feddymem.memory import MemoryBank
+from feddymem.scoring import Scorer, anomaly_map, heatmap
+
+GRID, CHANNELS = 4, 2
+GRIDS = hnp.arrays(np.float32, (6, 6), elements=st.floats(0, 10, width=16))
+
+
+class Pixels(nn.Module):
+    """A backbone whose patch features are the first two colours of its input."""
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [nn.functional.avg_pool2d(images[:, :CHANNELS], 8)]
+
+
+def small_extractor() -> FeatureExtractor:
+    return FeatureExtractor(
+        Pixels(),
+        FeatureSpace(
+            backbone="pixels",
+            weights_sha256="",
+            reductions=(8,),
+            input_size=8 * GRID,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            pooling=1,
+            channels=CHANNELS,
+            grid=GRID,
+        ),
+    )
+
+
+def memory(*items: tuple[float, ...], spread: float = 0.5) -> MemoryBank:
+    ones = np.ones(len(items), np.float32)
+    return MemoryBank(items=np.array(items, np.float32), weights=ones, spreads=spread * ones)
+
+
+def scorer(*items: tuple[float, ...], generator: MemoryGenerator | None = None) -> Scorer:
+    return Scorer(small_extractor(), memory(*items), generator)
+
+
+def test_a_patch_scores_its_distance_to_the_nearest_item() -> None:
+    features = torch.zeros(1, GRID * GRID, CHANNELS)
+    features[0, 6] = torch.tensor([3.0, 4.0])
+    features[0, 15] = torch.tensor([9.0, 0.0])
+    (inspection,) = scorer((0, 0), (10, 0)).inspect_features(features)
+    expected = np.zeros((GRID, GRID), np.float32)
+    expected[1, 2], expected[3, 3] = 5, 1
+    np.testing.assert_allclose(inspection.distances, expected, atol=1e-6)
+    assert inspection.distances.dtype == np.float32
+
+
+def test_the_score_is_the_mean_of_the_five_largest_distances() -> None:
+    features = torch.zeros(1, GRID * GRID, CHANNELS)
+    features[0, [1, 4, 7, 9, 12, 14], 0] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    (inspection,) = scorer((0, 0)).inspect_features(features)
+    assert inspection.score == pytest.approx(4)
+
+
+def test_what_the_memory_holds_scores_zero() -> None:
+    features = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(8, 1)[None]
+    (inspection,) = scorer((1, 2), (3, 4)).inspect_features(features)
+    assert inspection.score == 0
+
+
+def test_images_score_the_same_alone_and_in_a_batch() -> None:
+    features = torch.randn(5, GRID * GRID, CHANNELS, generator=torch.Generator().manual_seed(0))
+    chosen = scorer((0, 0), (1, 1))
+    together = chosen.inspect_features(features)
+    for index, inspection in enumerate(together):
+        (alone,) = chosen.inspect_features(features[index : index + 1])
+        assert alone.score == pytest.approx(inspection.score, rel=1e-5)
+        np.testing.assert_allclose(alone.distances, inspection.distances, rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_scored_by_their_features() -> None:
+    images = torch.zeros(2, 3, 8 * GRID, 8 * GRID)
+    images[1, 0, :8, 24:] = 7
+    good, defect = scorer((0, 0)).inspect(images)
+    assert good.score == 0
+    assert np.argwhere(defect.distances > 0).tolist() == [[0, 3]]
+    assert defect.distances[0, 3] == pytest.approx(7)
+    assert defect.score == pytest.approx(7 / 5)
+
+
+def test_features_pass_through_the_sites_generator() -> None:
+    generator = MemoryGenerator(CHANNELS, GRID).requires_grad_(False)
+    generator.outer.bias.copy_(torch.tensor([3.0, 4.0]))
+    (inspection,) = scorer((0, 0), generator=generator).inspect_features(torch.zeros(1, GRID * GRID, CHANNELS))
+    np.testing.assert_allclose(inspection.distances, 5, rtol=1e-6)
+
+
+def test_an_untrained_generator_changes_nothing() -> None:
+    features = torch.randn(2, GRID * GRID, CHANNELS, generator=torch.Generator().manual_seed(0))
+    without = scorer((0, 0)).inspect_features(features)
+    with_one = scorer((0, 0), generator=MemoryGenerator(CHANNELS, GRID)).inspect_features(features)
+    assert [inspection.score for inspection in without] == [inspection.score for inspection in with_one]
+
+
+def test_a_memory_of_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="items have 3 channels, the feature space has 2"):
+        scorer((0, 0, 0))
+
+
+def test_the_scorer_knows_the_typical_distance_of_its_memory() -> None:
+    assert scorer((0, 0), (1, 1)).typical_distance == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (48, 48), (50, 37), (224, 300), (3, 3), (1, 1)])
+def test_an_anomaly_map_has_the_size_wanted(size: tuple[int, int]) -> None:
+    pixels = anomaly_map(np.random.default_rng(0).random((6, 6), np.float32), size)
+    assert pixels.shape == size
+    assert pixels.dtype == np.float32
+
+
+@pytest.mark.parametrize("grid", [1, 2, 28])
+def test_an_even_grid_gives_an_even_map_up_to_the_border(grid: int) -> None:
+    pixels = anomaly_map(np.full((grid, grid), 3.5, np.float32), (8 * grid, 8 * grid + 5))
+    np.testing.assert_allclose(pixels, 3.5, rtol=1e-6)
+
+
+@given(GRIDS, st.integers(0, 5), st.integers(0, 5), st.floats(0, 5))
+def test_a_larger_distance_never_lowers_the_map(
+    distances: NDArray[np.float32], row: int, column: int, more: float
+) -> None:
+    larger = distances.copy()
+    larger[row, column] += more
+    assert (anomaly_map(larger, (48, 48)) >= anomaly_map(distances, (48, 48)) - 1e-5).all()
+
+
+@given(GRIDS)
+def test_a_map_stays_between_the_least_and_the_largest_distance(distances: NDArray[np.float32]) -> None:
+    pixels = anomaly_map(distances, (48, 48))
+    assert pixels.min() >= distances.min() - 1e-4
+    assert pixels.max() <= distances.max() + 1e-4
+
+
+@given(GRIDS)
+def test_a_map_has_no_seams_between_patches(distances: NDArray[np.float32]) -> None:
+    """From pixel to pixel it changes by no more than its share of the step between two patches."""
+    pixels = anomaly_map(distances, (48, 48))
+    for axis in (0, 1):
+        steepest = np.abs(np.diff(distances, axis=axis)).max()
+        assert np.abs(np.diff(pixels, axis=axis)).max() <= steepest / 8 + 1e-4
+
+
+def test_a_map_peaks_where_the_distance_does() -> None:
+    distances = np.zeros((6, 6), np.float32)
+    distances[1, 4] = 5
+    row, column = divmod(int(anomaly_map(distances, (48, 60)).argmax()), 60)
+    assert (row // 8, column // 10) == (1, 4)
+
+
+def test_a_map_leaves_the_distances_as_they_are() -> None:
+    distances = np.random.default_rng(0).random((6, 6), np.float32)
+    before = distances.copy()
+    anomaly_map(distances, (48, 48))
+    np.testing.assert_array_equal(distances, before)
+
+
+def test_a_heatmap_is_not_stretched_to_the_image() -> None:
+    """A normal image stays cold, and a defect elsewhere does not change the colour of a pixel."""
+    calm = np.array([[0.1, 0.5, 1.0]], np.float32)
+    with_defect = np.array([[0.1, 0.5, 1.0, 40.0]], np.float32)
+    np.testing.assert_array_equal(heatmap(calm, 1.0), heatmap(with_defect, 1.0)[:, :3])
+    assert not np.array_equal(heatmap(calm, 1.0), heatmap(2 * calm, 1.0))
+
+
+def test_a_heatmap_is_in_units_of_the_typical_distance() -> None:
+    pixels = np.linspace(0, 6, 50, dtype=np.float32)[None]
+    np.testing.assert_array_equal(heatmap(pixels, 1.0), heatmap(8 * pixels, 8.0))
+
+
+def test_a_heatmap_ends_at_its_full_scale() -> None:
+    colours = heatmap(np.array([[-1, 0, 3.9, 4, 1000]], np.float32), 1.0)[0]
+    assert colours[0].tolist() == colours[1].tolist()
+    assert colours[3].tolist() == colours[4].tolist()
+    assert colours[2].tolist() != colours[3].tolist()
+
+
+def test_a_heatmap_is_red_where_it_is_hot_and_blue_where_it_is_cold() -> None:
+    cold, hot = heatmap(np.array([[0.5, 3.6]], np.float32), 1.0)[0].astype(int)
+    assert cold[2] > cold[0] + 50
+    assert hot[0] > hot[2] + 50
+
+
+def test_a_heatmap_has_the_size_of_the_map() -> None:
+    colours = heatmap(np.zeros((5, 9), np.float32), 1.0)
+    assert colours.shape == (5, 9, 3)
+    assert colours.dtype == np.uint8
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3, 1.0, 1e4])
+def test_a_memory_without_spread_gives_a_heatmap_too(value: float) -> None:
+    """As without memory-reduce: its items are patches, whose distance to themselves is zero."""
+    assert heatmap(np.full((3, 3), value, np.float32), 0.0).shape == (3, 3, 3)
