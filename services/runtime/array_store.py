@@ -26,7 +26,17 @@ class ArrayStore:
         if manifest.sha256 in self:
             return manifest.size_bytes
         part = self._part(manifest.sha256)
-        return part.stat().st_size if part.exists() else 0
+        if not part.exists():
+            return 0
+        held = part.stat().st_size
+        if held < manifest.size_bytes:
+            return held
+        # All bytes, and no rename: a process died between the two.
+        if not self._intact(part, manifest):
+            part.unlink()
+            return 0
+        self._finish(part, manifest.sha256)
+        return manifest.size_bytes
 
     def read(self, sha256: bytes) -> bytes:
         """All bytes of an array.
@@ -69,7 +79,11 @@ class ArrayStore:
         with part.open("ab") as file:
             file.write(chunk.data)
         if end == manifest.size_bytes:
-            self._check(part, manifest)
+            if not self._intact(part, manifest):
+                part.unlink()
+                raise data_loss(
+                    f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again"
+                )
             self._finish(part, manifest.sha256)
 
     def discard(self, sha256: bytes) -> None:
@@ -84,12 +98,8 @@ class ArrayStore:
             if path.suffix == "" and path.name not in names:
                 path.unlink()
 
-    def _check(self, part: Path, manifest: Array) -> None:
-        if hashlib.sha256(part.read_bytes()).digest() != manifest.sha256:
-            part.unlink()
-            raise data_loss(
-                f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again"
-            )
+    def _intact(self, part: Path, manifest: Array) -> bool:
+        return hashlib.sha256(part.read_bytes()).digest() == manifest.sha256
 
     def _finish(self, part: Path, sha256: bytes) -> None:
         with part.open("rb") as file:

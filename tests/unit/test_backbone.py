@@ -125,6 +125,13 @@ def test_the_whole_image_is_stretched_to_the_square(extractor: FeatureExtractor)
     assert prepared[:, 114:].min() > 0.9
 
 
+def test_fine_detail_is_averaged_when_an_image_is_made_smaller(extractor: FeatureExtractor) -> None:
+    """Without antialiasing, it would come out as a pattern that is not there."""
+    stripes = np.zeros((224 * 5, 224 * 5, 3), np.uint8)
+    stripes[:, ::2] = 254
+    assert extractor.prepare(stripes).abs().max() < 0.2
+
+
 def test_8_and_16_bit_pixels_of_the_same_value_are_prepared_alike(extractor: FeatureExtractor) -> None:
     image = photograph()
     torch.testing.assert_close(extractor.prepare(image), extractor.prepare(image.astype(np.float32)))

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from skimage import data
 
 from feddymem.aggregate import aggregate
+from feddymem.backbone import FeatureExtractor
 from feddymem.federation import FederatedMemory, federate, next_memory
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
@@ -58,8 +60,8 @@ def test_the_outcome_is_the_same_for_the_same_arguments() -> None:
 
 
 def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
-    backwards = dict(reversed(two_sites().items()))
-    assert_same_memory(federate(two_sites(), METHOD).memory, federate(backwards, METHOD).memory)
+    backwards, roomy = dict(reversed(two_sites().items())), method(memory_items=1000)
+    assert_same_memory(federate(two_sites(), roomy).memory, federate(backwards, roomy).memory)
 
 
 @pytest.mark.parametrize("switched", [True, False])
@@ -140,3 +142,13 @@ def test_sites_with_nothing_new_do_not_break_later_rounds(memory_reduce: bool, g
     chosen = method(generator=generator, memory_reduce=memory_reduce, bank_items=100, memory_items=1000, rounds=3)
     outcome = federate(sites, chosen)
     assert distance(outcome, "a", few) < 0.1
+
+
+@pytest.mark.parametrize("generator", [True, False])
+def test_a_site_with_one_image_does_not_break_later_rounds(extractor: FeatureExtractor, generator: bool) -> None:
+    """Its 784 patches fit into a bank of the default size, so that the memory holds them all after one round."""
+    photograph = np.repeat(data.brick()[:224, :224, None], 3, axis=2)
+    patches = extractor(extractor.prepare(photograph)[None]).numpy().astype(np.float16)
+    outcome = federate({"a": PatchArray(patches)}, Method(generator=generator))
+    assert len(outcome.memory) >= 784
+    assert distance(outcome, "a", patches.astype(np.float32)) < 1

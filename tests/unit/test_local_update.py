@@ -133,6 +133,7 @@ def test_the_result_does_not_depend_on_the_state_of_torch(global_seed: int) -> N
 
 
 def test_the_state_of_torch_is_left_as_it_is() -> None:
+    torch.manual_seed(2026)
     before = torch.get_rng_state()
     second()
     assert torch.equal(torch.get_rng_state(), before)
