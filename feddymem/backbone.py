@@ -60,7 +60,7 @@ class FeatureExtractor(nn.Module):
             (3, input_size, input_size) float32 on the CPU; the whole image, stretched to a square.
         """
         size = self.feature_space.input_size
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+        pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
         resized = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
         return (resized[0] - self.mean.cpu()) / self.std.cpu()
 

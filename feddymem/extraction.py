@@ -75,6 +75,8 @@ def extract(
         if len(batch) == batch_size:
             flush()
     flush()
+    if not paths:
+        raise DatasetError("there are no images to extract features from")
     if not patches.images:
         raise DatasetError(f"none of the {len(paths)} images could be read; the first: {skipped[0]}")
     return Extraction(patches, tuple(skipped))

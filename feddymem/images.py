@@ -8,6 +8,7 @@ fast on JPEG, keeps 16 bits, and refuses truncated files (measured in docs/metho
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +16,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 """Default limit of an image's pixels, checked before decoding: 8,000 x 8,000."""
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 284, 322, 323
+_WHITE_IS_ZERO = 0
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1
+_LARGEST_TILE = 2**20
 
 _Value = TypeVar("_Value", np.uint8, np.float32)
 
@@ -47,7 +54,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     """
     if not data:
         raise ImageError("image is empty (0 bytes)")
-    _check_header(data, max_pixels)
+    eight_bit_tiff = _check_header(data, max_pixels)
+    if eight_bit_tiff:
+        return _decode_by_pillow(data)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -113,15 +122,59 @@ def _three_channels(values: NDArray[_Value]) -> NDArray[_Value]:
     return values[:, :, :3]
 
 
-def _check_header(data: bytes, max_pixels: int) -> None:
+def _check_header(data: bytes, max_pixels: int) -> bool:
+    """Refuses what must not be decoded; whether the file is a TIFF of 8 bits, which Pillow decodes.
+
+    OpenCV multiplies the colours of such a TIFF by its alpha, and takes the planes and the inverted greys of 16-bit
+    ones for what they are not.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
+            tags = dict(header.tag_v2) if isinstance(header, TiffImageFile) else None
+            is_png = header.format == "PNG"
     except UnidentifiedImageError as error:
         raise ImageError(f"image is not a readable JPEG, PNG, BMP or TIFF ({len(data)} bytes)") from error
     except Exception as error:  # a corrupt header can fail anywhere in Pillow's parsers
         raise ImageError(f"image header is corrupt: {error}") from error
     _check_size(height, width, max_pixels)
+    if is_png:
+        _check_png_chunks(data)
+    if tags is None:
+        return False
+    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > max(_LARGEST_TILE, 4 * height * width):
+        raise ImageError(
+            f"image has TIFF tiles of {tags[_TILE_WIDTH]} x {tags[_TILE_LENGTH]} for {width} x {height} pixels"
+        )
+    if set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) != {_UNSIGNED}:
+        raise ImageError("image is a TIFF of signed or floating-point values; expected unsigned 8 or 16 bits")
+    if max(tags.get(_BITS_PER_SAMPLE, (1,))) <= 8:
+        return True
+    if tags.get(_PLANAR, 1) != 1 or tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise ImageError(
+            "image is a TIFF of separate planes or inverted greys with more than 8 bits; save it interleaved"
+        )
+    return False
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Refuses a PNG with a chunk that claims to reach behind the end: the decoder would allocate what it claims."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        position += 12 + length
+        if kind == b"IEND":
+            return
+    if position != len(data):
+        raise ImageError(f"image is a PNG that is truncated or corrupt near byte {min(position, len(data))}")
+
+
+def _decode_by_pillow(data: bytes) -> Pixels:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # a corrupt file can fail anywhere in Pillow's parsers
+        raise ImageError(f"image cannot be decoded: {error}") from error
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

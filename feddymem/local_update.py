@@ -19,6 +19,8 @@ _IMAGES_PER_STEP = 4
 _PATCHES_PER_STEP = 1024
 _RADIUS_QUANTILE = 0.5
 """The hypersphere's radius: this quantile of the distances of normal patches to the memory."""
+_SMALLEST_RADIUS = 1e-3
+"""In scales of the generator; below it the memory holds the patches already, and there is nothing to train."""
 _MOVEMENT_PENALTY = 0.1
 """Weight of the squared distance that the generator moves a patch; keeps sites in one space and defects visible."""
 
@@ -94,11 +96,14 @@ def _train(
     generator = copy.deepcopy(generator).to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=_LEARNING_RATE)
     rng = torch.Generator().manual_seed(seed)
-    radius, losses, done = 0.0, [], 0
+    losses: list[float] = []
+    radius, done = 0.0, 0
     for block in source.blocks():
         block = block.to(device)
-        if not radius:
+        if not losses:
             radius = _radius(block, items, rng)
+            if radius < _SMALLEST_RADIUS * float(generator.scale):
+                break
         for rows in torch.split(torch.randperm(len(block), generator=rng), _IMAGES_PER_STEP):
             images = block[rows]
             mapped = generator(images)
@@ -112,11 +117,11 @@ def _train(
             losses.append(loss.item())
         done += len(block)
         progress("generator", done, source.images)
-    return generator.eval().requires_grad_(False), sum(losses) / len(losses)
+    return generator.eval().requires_grad_(False), sum(losses) / max(1, len(losses))
 
 
 def _radius(block: torch.Tensor, items: torch.Tensor, rng: torch.Generator) -> float:
     patches = block.flatten(0, 1)
     chosen = torch.randperm(len(patches), generator=rng)[: 8 * _PATCHES_PER_STEP]
     distances, _ = nearest_items(patches[chosen], items)
-    return max(float(distances.quantile(_RADIUS_QUANTILE)), torch.finfo(torch.float32).tiny)
+    return float(distances.quantile(_RADIUS_QUANTILE))

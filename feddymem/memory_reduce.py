@@ -142,7 +142,7 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None) -> Tens
         up_to_date[frontier] = len(picks)
         if outside <= 0 and float(nearest.max()) <= 0:
             break
-    return torch.tensor(picks, device=points.device)
+    return torch.tensor(picks, dtype=torch.int64, device=points.device)
 
 
 def nearest_items(patches: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,8 @@ def _seeds(blocks: Iterable[Tensor], count: int, base: Tensor | None) -> Tensor:
     seeds: Tensor | None = None
     for block in blocks:
         candidates = block if seeds is None else torch.cat([seeds, block])
-        seeds = candidates[greedy_cover(candidates, count, base)]
+        picks = greedy_cover(candidates, count, base)
+        seeds = candidates[picks] if len(picks) else candidates[:1]
     assert seeds is not None, "a patch source has at least one image"
     return seeds
 
@@ -190,6 +191,8 @@ def _averages(blocks: Iterable[Tensor], seeds: Tensor, base: Tensor | None) -> M
             squares.index_add_(0, rows, (offsets * offsets).sum(1))
             counts.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
     used = counts > 0
+    if not used.any():  # nothing that the known memory lacks; a bank has at least one item all the same
+        used[0], counts[0] = True, 1
     mean = sums[used] / counts[used, None]
     variance = (squares[used] / counts[used] - (mean * mean).sum(1)).clamp_min(0)
     return MemoryBank(

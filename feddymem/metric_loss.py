@@ -23,7 +23,7 @@ def metric_loss(patches: Tensor, items: Tensor, radius: float) -> Tensor:
 
     Args:
         patches: (n, channels) float32, mapped by the memory generator.
-        items: (m, channels) float32 of the memory, m > ATTRACTED.
+        items: (m, channels) float32 of the memory, m >= 1.
         radius: of the hypersphere around each item, in units of the items; > 0.
 
     Returns:
@@ -34,5 +34,6 @@ def metric_loss(patches: Tensor, items: Tensor, radius: float) -> Tensor:
     )
     nearest = squared.topk(min(ATTRACTED + REPELLED, items.shape[0]), largest=False).values / radius**2
     attract = (nearest[:, :ATTRACTED] - 1).clamp_min(0).mean()
-    repel = (1 + MARGIN - nearest[:, ATTRACTED:]).clamp_min(0).mean()
+    others = nearest[:, ATTRACTED:]
+    repel = (1 + MARGIN - others).clamp_min(0).mean() if others.shape[1] else torch.zeros_like(attract)
     return attract + repel

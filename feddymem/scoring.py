@@ -95,5 +95,5 @@ def heatmap(pixels: NDArray[np.float32], typical_distance: float) -> NDArray[np.
         (height, width, 3) uint8, R, G, B.
     """
     full_scale = _FULL_SCALE * max(typical_distance, float(np.finfo(np.float32).tiny))
-    levels = np.clip(pixels / full_scale * 255, 0, 255).astype(np.uint8)
+    levels = (np.clip(pixels, 0, full_scale) / full_scale * 255).astype(np.uint8)
     return np.asarray(cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB), dtype=np.uint8)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from feddymem.method import Method
 from services.runtime.settings import Address, Name, ServiceSettings
+
+FederationName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+"""As `Name`, without capitals, because environment variables do not tell them apart."""
 
 
 class FederationSettings(BaseModel):
@@ -35,4 +39,4 @@ class AggregatorSettings(ServiceSettings):
         default="127.0.0.1:9070", description="address of /metrics, HOST:PORT; port 0 picks a free one"
     )
     state_dir: Path = Field(default=Path("state/aggregator"), description="folder for all state; made if missing")
-    federations: dict[Name, FederationSettings] = Field(min_length=1, description="the federations, by name")
+    federations: dict[FederationName, FederationSettings] = Field(min_length=1, description="the federations, by name")

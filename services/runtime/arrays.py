@@ -84,7 +84,8 @@ def decode(manifest: Array, data: bytes) -> FloatArray:
     values = np.frombuffer(data, _DTYPES[manifest.data_type]).reshape(tuple(manifest.shape)).astype(np.float32)
     if manifest.data_type == DATA_TYPE_UINT8:
         scale, offset = (np.array(v, np.float32) for v in (manifest.quantisation.scale, manifest.quantisation.offset))
-        values = values * scale + offset
+        with np.errstate(over="ignore"):  # too large becomes infinite, which whoever takes the values refuses
+            values = values * scale + offset
     return values
 
 
@@ -126,12 +127,11 @@ def bank_from_wire(arrays: Iterable[tuple[Array, bytes]]) -> MemoryBank:
         Refusal: INVALID_ARGUMENT for missing or further arrays, DATA_LOSS for damaged ones.
         InvalidBankError: values that no honest site would make.
     """
-    decoded = {manifest.name: decode(manifest, data) for manifest, data in arrays}
-    if sorted(decoded) != sorted(BANK_ARRAYS):
-        raise invalid(
-            f"a memory bank has the arrays {', '.join(BANK_ARRAYS)}; got {', '.join(sorted(decoded)) or 'none'}"
-        )
-    return MemoryBank(**decoded)
+    pairs = list(arrays)
+    names = sorted(manifest.name for manifest, _ in pairs)
+    if names != sorted(BANK_ARRAYS):
+        raise invalid(f"a memory bank has the arrays {', '.join(BANK_ARRAYS)}; got {', '.join(names) or 'none'}")
+    return MemoryBank(**{manifest.name: decode(manifest, data) for manifest, data in pairs})
 
 
 def chunks(sha256: bytes, data: bytes, offset: int = 0) -> Iterator[ArrayChunk]:

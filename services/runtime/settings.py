@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError
@@ -164,9 +164,11 @@ def _read(cls: type[Settings], path: Path) -> YamlConfigSettingsSource:
 
 
 def _refuse_unknown_environment(cls: type[ServiceSettings]) -> None:
-    known = {f"{ENVIRONMENT_PREFIX}{key.upper()}" for key in cls.model_fields}
+    known = {f"{ENVIRONMENT_PREFIX}{key.upper()}": field for key, field in cls.model_fields.items()}
     for name in sorted(os.environ):
-        if name.startswith(ENVIRONMENT_PREFIX) and name.split("__")[0] not in known:
+        field = known.get(name.split("__")[0])
+        nested = field is not None and get_origin(field.annotation) is dict
+        if name.startswith(ENVIRONMENT_PREFIX) and (field is None or ("__" in name and not nested)):
             raise InvalidSettingsError(f"environment variable {name} is not a setting of `feddymem {_command(cls)}`")
 
 

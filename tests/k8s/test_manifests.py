@@ -341,7 +341,7 @@ GONE = object()
         ("Deployment/inference", f"{BOX} startupProbe grpc port", 9072, "startupProbe does not ask"),
         ("Deployment/inference", f"{BOX} args 2", "/etc/feddymem/gone.yaml", "settings: 'gone.yaml'"),
         ("Deployment/inference", f"{BOX} args 0", "aggregator", "settings: "),
-        ("Deployment/inference", f"{BOX} env 0 name", "FEDDYMEM_TREADS", "FEDDYMEM_TREADS is not a setting"),
+        ("Deployment/inference", f"{BOX} env", [{"name": "FEDDYMEM_TREADS", "value": "2"}], "FEDDYMEM_TREADS is not"),
         ("ConfigMap/inference", "data inference.yaml", "aggregator: x:1\nlissen: x:1", "lissen: is not a known"),
         ("ConfigMap/inference", "data inference.yaml", "aggregator: nowhere:7070", "calls nowhere:7070"),
         ("ConfigMap/inference", "data inference.yaml", "aggregator: nowhere:7070", "listens on 127.0.0.1:7072"),
