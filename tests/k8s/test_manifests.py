@@ -6,7 +6,6 @@ import copy
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -228,9 +227,7 @@ def _load(objects: list[Object], workload: Object) -> ServiceSettings:
     configs = {item["metadata"]["name"]: item["data"] for item in _of_kind(objects, "ConfigMap")}
     content = configs[volumes[mounts[str(path.parent)]]["configMap"]["name"]][path.name]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDDYMEM_")}
-    for variable in box.get("env", []):
-        assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
-        environment[variable["name"]] = str(math.ceil(_amount(box["resources"]["limits"]["cpu"]) or 0))
+    environment |= {variable["name"]: variable["value"] for variable in box.get("env", [])}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, environment, clear=True):
         file = Path(folder) / path.name
         file.write_text(content)

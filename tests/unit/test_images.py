@@ -225,7 +225,7 @@ def test_other_depths_are_refused(dtype: str) -> None:
 
 
 def test_a_refused_depth_is_named() -> None:
-    with pytest.raises(ImageError, match="float32; expected 8 or 16 bits"):
+    with pytest.raises(ImageError, match="floating-point values; expected unsigned 8 or 16 bits"):
         decode(tiff((smooth()[:, :, 0] / 255).astype(np.float32)))
 
 
