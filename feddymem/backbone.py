@@ -96,7 +96,8 @@ def load_extractor(
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
 
     Raises:
-        ValueError: an unknown backbone, no feature maps of the needed reductions, or a bad input size.
+        ValueError: an unknown backbone, no feature maps of the needed reductions, a bad input size, or a checkpoint of
+            another model.
         FileNotFoundError: the checkpoint does not exist.
     """
     if input_size % 16 or input_size < 32:
@@ -111,7 +112,10 @@ def load_extractor(
     if embedded:
         network.load_state_dict(_without_head(network, _embedded_state()), strict=True)
     elif checkpoint is not None:
-        network.load_state_dict(_without_head(network, load_file(checkpoint)), strict=True)
+        try:
+            network.load_state_dict(_without_head(network, load_file(checkpoint)), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint {checkpoint} is not one of {backbone!r}: {error}") from error
     if backbone != EMBEDDED_BACKBONE:
         pretrained = timm.get_pretrained_cfg(backbone, allow_unregistered=False)
         assert pretrained is not None, "a registered model has a configuration"

@@ -118,6 +118,8 @@ def _load_site(folder: Path) -> SiteData:
 
 
 def _test_image(folder: Path, path: Path) -> TestImage:
-    kind = path.relative_to(folder / "test").parts[0]
+    kind, *rest = path.relative_to(folder / "test").parts
+    if not rest:
+        raise DatasetError(f"{path} lies directly in test; put it into test/{GOOD} or test/KIND")
     mask = folder / "ground_truth" / kind / f"{path.stem}_mask.png"
     return TestImage(path=path, kind=kind, mask=mask if mask.is_file() else None)

@@ -13,6 +13,8 @@ KEEPALIVE_TIMEOUT_SECONDS = 20
 """Wait for the answer to a ping, after which a peer counts as gone."""
 RECONNECT_SECONDS = 10
 """Longest pause between gRPC's own attempts to connect, so that a restarted server is found soon."""
+FAREWELL_SECONDS = 0.5
+"""Time that a stopping server gives its watchers to hear that it is not serving any more."""
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Largest message between services: chunks and manifests are far below it."""
 

@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.runtime.array_store import write_atomically
-from services.runtime.channels import SERVER_OPTIONS
+from services.runtime.channels import FAREWELL_SECONDS, SERVER_OPTIONS
 from services.runtime.logs import get_logger
 from services.runtime.rpc import RpcBoundary
 from services.runtime.settings import ServiceSettings
@@ -89,7 +89,7 @@ async def listening(
         await readiness.set(False)
         draining = asyncio.ensure_future(server.stop(settings.drain_seconds))  # refuses new requests from here on
         await boundary.wait_idle(settings.drain_seconds)
-        await server.stop(None)
+        await server.stop(FAREWELL_SECONDS)
         await draining
         metrics.shutdown()
         metrics.server_close()

@@ -45,7 +45,7 @@ def settings_in_seconds(model: type[BaseModel]) -> dict[str, object]:
 
 
 def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None:
-    listed = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", (DOCS / "timeouts.md").read_text(), re.MULTILINE))
+    listed = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", (DOCS / "timeouts.md").read_text(), re.MULTILINE))
     expected: dict[str, object] = {}
     for model in (AggregatorSettings, FederationSettings, EdgeClientSettings, InferenceSettings):
         expected |= settings_in_seconds(model)
