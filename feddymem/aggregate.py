@@ -31,11 +31,12 @@ class Aggregation:
     inertia: float
 
 
-def aggregate(banks: list[MemoryBank], count: int, seed: int = 0) -> Aggregation:
+def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool = False) -> Aggregation:
     """Merges banks into a global memory of at most `count` items.
 
     Where all items fit, they are kept as they are. Weights of merged items are added; a merged item's spread takes in
-    both the spreads of its parts and their distances to it.
+    both the spreads of its parts and their distances to it. With `weighted`, items count in k-means as often as the
+    patches behind them; without, each counts once, which keeps rare patches represented (docs/method.md).
 
     Raises:
         ValueError: no banks, or banks of different numbers of channels.
@@ -59,7 +60,7 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0) -> Aggregation
     seeds = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]
     if len(seeds) < count:  # fewer distinct items than wanted
         kmeans.k = len(seeds)
-    kmeans.train(pool.items, init_centroids=seeds)
+    kmeans.train(pool.items, weights=pool.weights if weighted else None, init_centroids=seeds)
     memory, inertia = _merge(pool, kmeans)
     return Aggregation(memory=memory, iterations=_ITERATIONS, inertia=inertia)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -68,7 +69,17 @@ class InspectionClient:
         requests = (
             InspectStreamRequest(id=str(path), inspect=self._request(path.read_bytes(), map_format)) for path in paths
         )
-        yield from self._stub.InspectStream(requests)
+        call = self._stub.InspectStream(requests)
+        while True:
+            watchdog = threading.Timer(self._timeout, call.cancel)
+            watchdog.start()
+            try:
+                response = next(call)
+            except StopIteration:
+                return
+            finally:
+                watchdog.cancel()
+            yield response
 
     def _request(self, image: bytes, map_format: MapFormat.ValueType) -> InspectRequest:
         return InspectRequest(federation=self._federation, site=self._site, encoded=image, map_format=map_format)

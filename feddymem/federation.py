@@ -34,7 +34,7 @@ def next_memory(memory: MemoryBank | None, banks: list[MemoryBank], method: Meth
         banks: the sites' banks, in a fixed order (by site name), on which the result depends.
         method: the federation's method.
     """
-    return aggregate(banks if memory is None else [memory, *banks], method.memory_items, method.seed)
+    return aggregate(banks if memory is None else [memory, *banks], method.memory_items, method.seed, method.weighted)
 
 
 def federate(

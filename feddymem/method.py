@@ -28,5 +28,6 @@ class Method(BaseModel):
     bank_items: int = Field(default=784, ge=1, le=65_536, description="items of a site's reduced bank, at most")
     memory_items: int = Field(default=2048, ge=1, le=1_048_576, description="items of the global memory, at most")
     rounds: int = Field(default=2, ge=1, le=1_000, description="rounds until the federation is done; 1 is one shot")
+    weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")
     item_type: ItemType = Field(default="float16", description="element type of bank items on the wire")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random choice at sites and aggregator")

@@ -67,6 +67,7 @@ class Method(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     ITEM_TYPE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    WEIGHTED_FIELD_NUMBER: _builtins.int
     generator: _builtins.bool
     """Whether patch features pass through the site's trained memory generator."""
     metric_loss: _builtins.bool
@@ -83,6 +84,8 @@ class Method(_message.Message):
     """Element type of bank items on the wire: FLOAT16, or UINT8 for half the bytes."""
     seed: _builtins.int
     """Seed of every random choice at sites and aggregator."""
+    weighted: _builtins.bool
+    """Whether k-means weights items by the number of patches behind them."""
     def __init__(
         self,
         *,
@@ -94,10 +97,11 @@ class Method(_message.Message):
         rounds: _builtins.int = ...,
         item_type: _array_pb2.DataType.ValueType = ...,
         seed: _builtins.int = ...,
+        weighted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_items", b"bank_items", "generator", b"generator", "item_type", b"item_type", "memory_items", b"memory_items", "memory_reduce", b"memory_reduce", "metric_loss", b"metric_loss", "rounds", b"rounds", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_items", b"bank_items", "generator", b"generator", "item_type", b"item_type", "memory_items", b"memory_items", "memory_reduce", b"memory_reduce", "metric_loss", b"metric_loss", "rounds", b"rounds", "seed", b"seed", "weighted", b"weighted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -399,7 +403,9 @@ class BankAccepted(_message.Message):
 
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     received_bytes: _builtins.int
-    """Bytes of all UploadBank messages of this bank that reached the aggregator, resumed parts included."""
+    """Bytes of all UploadBank messages of this bank that reached the aggregator since its start, repeated and resumed
+    parts included.
+    """
     def __init__(
         self,
         *,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import grpc
+import numpy as np
 
 import feddymem
 from feddymem.aggregate import Aggregation
+from feddymem.feature_space import FeatureSpace
 from feddymem.federation import next_memory
 from feddymem.memory import InvalidBankError, MemoryBank
 from feddymem.v1 import feature_space_pb2
-from feddymem.v1.array_pb2 import Array
+from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT32, Array, DataType
 from feddymem.v1.federation_pb2 import (
     PHASE_AGGREGATING,
     PHASE_DONE,
@@ -33,12 +36,17 @@ from services.aggregator import metrics
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import AcceptedBank, Site, State
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import bank_from_wire, bank_to_wire, check_manifest
+from services.runtime.arrays import BANK_ARRAYS, ITEM_TYPES, bank_from_wire, bank_to_wire, check_manifest
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, exists, invalid, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
 from services.runtime.publisher import MAX_ARRAY_BYTES, Publisher
+from services.runtime.settings import NAME_PATTERN
+
+_MAX_IMAGES = 10**9
+_MAX_VALUE = 60_000.0
+"""Largest absolute value of items and spreads: releases travel as float16, whose largest is 65,504."""
 
 _log = get_logger()
 
@@ -85,15 +93,16 @@ class Federation:
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"site {request.site!r} is not on the list of federation {self.name!r}; ask its operator to add it",
             )
+        _check_names(request)
         self._check_alone(request.site, request.instance)
+        if not 1 <= request.images <= _MAX_IMAGES:
+            raise invalid(f"site {request.site!r} joins with {request.images} images; expected 1 to {_MAX_IMAGES}")
         space = feature_space_from_message(request.feature_space)
         known = self._state.feature_space(self.name)
         if known is None:
             self._state.set_feature_space(self.name, request.feature_space)
         else:
             feature_space_from_message(known).require_same(space, f"federation {self.name!r}", f"site {request.site!r}")
-        if request.images < 1:
-            raise invalid(f"site {request.site!r} joins with {request.images} images; at least 1 is needed")
         self._state.put_site(self.name, Site(request.site, request.instance, request.images))
         _log.info("site_joined", federation=self.name, site=request.site, images=request.images)
         self.changes.notify()
@@ -177,8 +186,6 @@ class Federation:
             bank = await asyncio.to_thread(self._checked_bank, header)
         except (Refusal, InvalidBankError):
             metrics.BANKS_REFUSED.labels(self.name, "invalid").inc()
-            for sha256 in {manifest.sha256 for manifest in header.arrays} - self._state.arrays_in_use():
-                self._arrays.discard(sha256)
             raise
         if self.check_header(header):  # again: the round may have closed, or another stream may have been first
             return
@@ -222,18 +229,22 @@ class Federation:
             metrics.ROUND.labels(self.name).set(self.round)
             _log.info("round_open", federation=self.name, round=self.round)
             self.changes.notify()
-            while not self._complete():
-                left = self._seconds_left()
+            while not self._complete(left := self._seconds_left()):
                 await self.changes.wait(left if left > 0 else None)
-            await self._aggregate(started)
+            try:
+                await self._aggregate(started)
+            except Exception as error:  # noqa: BLE001 - this federation waits for another bank; the others go on
+                metrics.AGGREGATIONS_FAILED.labels(self.name).inc()
+                _log.error("aggregation_failed", federation=self.name, round=self.round, exc_info=error)
+                await self.changes.wait()
         _log.info("federation_done", federation=self.name, release=self._version)
 
-    def _complete(self) -> bool:
+    def _complete(self, seconds_left: float) -> bool:
         banks = self._state.banks(self.name, self.round)
         if len(banks) < self.settings.quorum:
             return False
         expected = self.settings.sites or self._state.sites(self.name)
-        return all(site in banks for site in expected) or self._seconds_left() <= 0
+        return all(site in banks for site in expected) or seconds_left <= 0
 
     def _seconds_left(self) -> float:
         opened = self._state.open_round(self.name, self.round)
@@ -292,10 +303,18 @@ class Federation:
 
     def _checked_bank(self, header: BankHeader) -> MemoryBank:
         bank = self._bank(header.arrays)
-        space = feature_space_from_message(self._require_feature_space())
-        if bank.channels != space.channels:
-            raise invalid(f"items have {bank.channels} channels, the feature space has {space.channels}")
+        largest = float(np.abs(bank.items).max())
+        if largest > _MAX_VALUE or float(bank.spreads.max()) > _MAX_VALUE:
+            raise invalid(
+                f"items or spreads are larger than {_MAX_VALUE:g} (items up to {largest:g}); they must fit float16"
+            )
+        patches = header.images * self._space().patches
+        if float(bank.weights.max()) > patches:
+            raise invalid(f"largest weight is {bank.weights.max():g}; {header.images} images have {patches} patches")
         return bank
+
+    def _space(self) -> FeatureSpace:
+        return feature_space_from_message(self._require_feature_space())
 
     def _require_feature_space(self) -> feature_space_pb2.FeatureSpace:
         space = self._state.feature_space(self.name)
@@ -304,13 +323,26 @@ class Federation:
         return space
 
     def _check_manifests(self, manifests: Iterable[Array]) -> None:
-        most = self.settings.method.bank_items
-        for manifest in manifests:
+        by_name = {manifest.name: manifest for manifest in manifests}
+        if sorted(manifest.name for manifest in manifests) != sorted(BANK_ARRAYS):
+            raise invalid(f"a memory bank has the arrays {', '.join(BANK_ARRAYS)}; got {', '.join(by_name) or 'none'}")
+        method, channels = self.settings.method, self._space().channels
+        items = by_name["items"]
+        count = items.shape[0] if items.shape else 0
+        if count > method.bank_items:
+            raise invalid(f"items has {count} rows; a bank of this federation has at most {method.bank_items}")
+        expected = {
+            "items": ([count, channels], ITEM_TYPES[method.item_type]),
+            "weights": ([count], DATA_TYPE_FLOAT32),
+            "spreads": ([count], DATA_TYPE_FLOAT32),
+        }
+        for name, (shape, data_type) in expected.items():
+            manifest = by_name[name]
             check_manifest(manifest, MAX_ARRAY_BYTES)
-            if manifest.shape[0] > most:
+            if (list(manifest.shape), manifest.data_type) != (shape, data_type):
                 raise invalid(
-                    f"array {manifest.name!r} has {manifest.shape[0]} rows; "
-                    f"a bank of this federation has at most {most}"
+                    f"{name} are {DataType.Name(manifest.data_type)} of shape {list(manifest.shape)}; "
+                    f"this federation takes {DataType.Name(data_type)} of shape {shape}"
                 )
 
     def _check_alone(self, site: str, instance: str) -> None:
@@ -319,4 +351,12 @@ class Federation:
             raise exists(
                 f"another edge client takes part as site {site!r} of federation {self.name!r} right now; "
                 "stop it first, or give this one another site name"
+            )
+
+
+def _check_names(request: JoinRequest) -> None:
+    for what, value in (("site", request.site), ("instance", request.instance)):
+        if not re.fullmatch(NAME_PATTERN, value):
+            raise invalid(
+                f"{what} {value!r} must be 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
             )

@@ -37,7 +37,7 @@ async def _serve(settings: AggregatorSettings) -> None:
         name: Federation(name, federation, state, arrays, publisher)
         for name, federation in settings.federations.items()
     }
-    servicer = FederationServicer(federations, arrays)
+    servicer = FederationServicer(federations, state, arrays)
     try:
         async with listening(settings, [servicer.service, publisher.service]) as readiness:
             await readiness.set(True)

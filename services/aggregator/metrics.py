@@ -14,6 +14,7 @@ ROUND_SECONDS = Histogram(
 AGGREGATION_SECONDS = Histogram(
     "feddymem_aggregation_duration_seconds", "Time to merge a round's banks.", _LABELS, buckets=_SECONDS
 )
+AGGREGATIONS_FAILED = Counter("feddymem_aggregations_failed_total", "Aggregations that failed.", _LABELS)
 BANKS_ACCEPTED = Counter("feddymem_banks_accepted_total", "Banks accepted.", _LABELS)
 BANKS_REFUSED = Counter("feddymem_banks_refused_total", "Banks refused, by reason.", [*_LABELS, "reason"])
 BANK_BYTES = Counter("feddymem_bank_received_bytes_total", "Bytes of accepted banks, as received.", _LABELS)

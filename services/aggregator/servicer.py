@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 from grpc import aio
 
+from feddymem.memory import InvalidBankError
 from feddymem.v1 import federation_pb2_grpc
 from feddymem.v1.array_pb2 import Array
 from feddymem.v1.federation_pb2 import (
@@ -26,17 +28,24 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsResponse,
 )
 from services.aggregator.federation import Federation
+from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
 from services.runtime.errors import Refusal, invalid, not_found
 from services.runtime.messages import method_to_message
 from services.runtime.server import Service
 
+_RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS)
+"""Ends of an upload after which what has arrived is kept, because the caller goes on."""
+
 
 class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     """Serves all federations of this aggregator."""
 
-    def __init__(self, federations: dict[str, Federation], arrays: ArrayStore) -> None:
+    def __init__(self, federations: dict[str, Federation], state: State, arrays: ArrayStore) -> None:
+        self._state = state
         self._federations, self._arrays = federations, arrays
+        self._uploads: list[BankHeader] = []
+        self._received: Counter[tuple[str, str, int]] = Counter()
 
     @property
     def service(self) -> Service:
@@ -74,25 +83,34 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("content") != "header":
             raise invalid("the first message of UploadBank must be the bank's header")
-        header, received = first.header, first.ByteSize()
+        header = first.header
         federation = self._federation(header.federation)
         federation.check_header(header)
+        upload = (header.federation, header.site, header.round)
+        self._received[upload] += first.ByteSize()
         yield UploadBankResponse(resume=self._offsets(header))
-        received += await self._receive(header, request_iterator)
-        await federation.accept(header, received)
-        yield UploadBankResponse(accepted=BankAccepted(received_bytes=received))
+        self._uploads.append(header)
+        try:
+            await self._receive(header, request_iterator)
+            await federation.accept(header, self._received[upload])
+        except (Refusal, InvalidBankError) as error:
+            if not (isinstance(error, Refusal) and error.status in _RESUMABLE):
+                self._discard(header)
+            raise
+        finally:
+            self._uploads.remove(header)
+        yield UploadBankResponse(accepted=BankAccepted(received_bytes=self._received.pop(upload)))
 
     async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
         """See federation.proto."""
         chosen = [self._federation(request.federation)] if request.federation else self._federations.values()
         return GetStatusResponse(federations=[federation.status() for federation in chosen])
 
-    async def _receive(self, header: BankHeader, requests: AsyncIterator[UploadBankRequest]) -> int:
-        """Keeps chunks until all arrays of the header are whole; bytes received."""
+    async def _receive(self, header: BankHeader, requests: AsyncIterator[UploadBankRequest]) -> None:
+        """Keeps chunks until all arrays of the header are whole."""
         manifests: dict[bytes, Array] = {manifest.sha256: manifest for manifest in header.arrays}
-        received = 0
         async for request in requests:
-            received += request.ByteSize()
+            self._received[header.federation, header.site, header.round] += request.ByteSize()
             manifest = manifests.get(request.chunk.sha256)
             if manifest is None:
                 raise invalid(
@@ -105,7 +123,14 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                 grpc.StatusCode.UNAVAILABLE,
                 f"the stream ended before all of {', '.join(missing)} had arrived; upload again to resume",
             )
-        return received
+
+    def _discard(self, header: BankHeader) -> None:
+        """Keeps nothing of a refused bank, but for arrays that another bank has too."""
+        kept = self._state.arrays_in_use()
+        kept |= {array.sha256 for other in self._uploads if other is not header for array in other.arrays}
+        for manifest in header.arrays:
+            if manifest.sha256 not in kept:
+                self._arrays.discard(manifest.sha256)
 
     def _offsets(self, header: BankHeader) -> ResumeOffsets:
         return ResumeOffsets(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from feddymem.client import InspectionClient
 from feddymem.v1.inspection_pb2 import MAP_FORMAT_PNG, MAP_FORMAT_UNSPECIFIED, InspectStreamResponse
@@ -25,7 +25,7 @@ def inspect(images: list[Path], server: str, federation: str, site: str, heatmap
         return USAGE
     if heatmap is not None:
         heatmap.mkdir(parents=True, exist_ok=True)
-    table = Table("image", "score", "release", "queue ms", "compute ms")
+    table = Table(Column("image", overflow="fold"), "score", "release", "queue ms", "compute ms")
     failed = False
     try:
         for response in _results(images, server, federation, site, heatmap):

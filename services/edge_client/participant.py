@@ -4,6 +4,7 @@ generator."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from services.edge_client import metrics
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks
+from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
 from services.runtime.messages import (
     feature_space_to_message,
@@ -72,6 +74,7 @@ class Participant:
         self._releases = release_pb2_grpc.ReleaseServiceStub(channel)
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
         self._uploaded = 0
+        state.claim(f"federation {settings.federation}, site {settings.site}, feature space {space.fingerprint}")
         generator = state.generator()
         if generator is not None:
             publisher.publish(generator)
@@ -93,6 +96,8 @@ class Participant:
                 if not is_transient(error) and error.code() != grpc.StatusCode.FAILED_PRECONDITION:
                     raise ParticipationError(f"{error.code().name}: {error.details()}") from error
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
+            except Refusal as refusal:
+                _log.warning("download_refused", reason=refusal.text)
             metrics.RETRIES.inc()
             await pause(self._settings)
 
@@ -113,7 +118,7 @@ class Participant:
         """Does what the state of the rounds asks of this site; whether the federation is done."""
         if event.phase == PHASE_OPEN and event.round != self._uploaded:
             bank = self._state.bank()
-            if bank is None or bank.round != event.round or bank.instance != self._state.instance:
+            if bank is None or (bank.round, bank.images) != (event.round, self._source.images):
                 bank = await self._make_bank(event, method)
             await self._upload(bank)
         if event.phase == PHASE_DONE:
@@ -172,11 +177,13 @@ class Participant:
 
     async def _upload_once(self, header: BankHeader) -> None:
         call = self._rounds.UploadBank(wait_for_ready=True, timeout=self._settings.transfer_timeout_seconds)
-        async for request in self._upload_requests(header, call):
-            metrics.SENT_BYTES.inc(request.ByteSize())
-            await call.write(request)
-        await call.done_writing()
-        response = await call.read()
+        response: object = aio.EOF
+        with contextlib.suppress(asyncio.InvalidStateError, aio.AioRpcError):  # the call has ended; its status says why
+            async for request in self._upload_requests(header, call):
+                metrics.SENT_BYTES.inc(request.ByteSize())
+                await call.write(request)
+            await call.done_writing()
+            response = await call.read()
         if not isinstance(response, UploadBankResponse):
             code, details = await call.code(), await call.details()
             raise aio.AioRpcError(code, aio.Metadata(), aio.Metadata(), details=details)

@@ -17,9 +17,8 @@ class EdgeState:
         folder.mkdir(parents=True, exist_ok=True)
         self.arrays = ArrayStore(folder / "arrays")
         self.patches = folder / "patches.f16"
-        self._instance, self._bank, self._generator = (
-            folder / n for n in ("instance", "bank.binpb", "generator.binpb")
-        )
+        self._instance, self._owner = folder / "instance", folder / "owner"
+        self._bank, self._generator = folder / "bank.binpb", folder / "generator.binpb"
 
     @property
     def instance(self) -> str:
@@ -27,6 +26,20 @@ class EdgeState:
         if not self._instance.exists():
             write_atomically(self._instance, uuid.uuid4().hex.encode())
         return self._instance.read_text()
+
+    def claim(self, owner: str) -> None:
+        """Makes the folder one federation's, site's and feature space's.
+
+        Raises:
+            ValueError: it is another's already.
+        """
+        if not self._owner.exists():
+            write_atomically(self._owner, owner.encode())
+        held = self._owner.read_text()
+        if held != owner:
+            raise ValueError(
+                f"state_dir: {self._owner.parent} holds the state of {held}, not of {owner}; give another one"
+            )
 
     def bank(self) -> BankHeader | None:
         """The last bank that was made; uploaded or not."""

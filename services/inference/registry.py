@@ -12,6 +12,7 @@ import grpc
 import torch
 
 from feddymem.backbone import FeatureExtractor, load_extractor, resolve_device
+from feddymem.feature_space import FingerprintMismatchError
 from feddymem.generator import MemoryGenerator
 from feddymem.scoring import Scorer
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR, Release
@@ -20,7 +21,7 @@ from services.inference.settings import InferenceSettings
 from services.runtime.array_store import ArrayStore, write_atomically
 from services.runtime.arrays import bank_from_wire
 from services.runtime.changes import Changes
-from services.runtime.errors import Refusal, invalid, not_found
+from services.runtime.errors import Refusal, as_refusal, invalid, not_found
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, generator_from_wire
 
@@ -67,13 +68,19 @@ class Registry:
     async def load(self) -> None:
         """Takes what an earlier run left on disk.
 
-        Raises:
-            Refusal: a release on disk is damaged.
+        A release that is damaged is discarded; it is fetched again when its publisher is there.
         """
         for path in sorted(self._folder.glob("*.binpb")):
             self._note(Release.FromString(path.read_bytes()))
         for federation in sorted(self._memories):
-            await self._activate(federation)
+            try:
+                await self._activate(federation)
+            except Exception as error:
+                refusal = as_refusal(error)
+                if refusal is None:
+                    raise
+                _log.error("release_on_disk_refused", federation=federation, reason=refusal.text)
+                self._drop(federation)
 
     async def receive(self, release: Release) -> None:
         """Takes a release whose arrays are in the store, and activates it.
@@ -175,7 +182,12 @@ class Registry:
         size = extractor.feature_space.input_size
         built = []
         for site, generator in self._pairs(memory):
-            scorer = Scorer(extractor, bank, None if generator is None else self._network(memory, generator))
+            try:
+                network = None if generator is None else self._network(memory, generator)
+            except (FingerprintMismatchError, Refusal) as error:  # the other sites go on
+                _log.error("generator_refused", federation=memory.federation, site=site, reason=str(error))
+                continue
+            scorer = Scorer(extractor, bank, network)
             scorer.inspect(torch.zeros(1, 3, size, size))  # warm: the first request must not pay for it
             built.append(Active(memory.federation, site, memory.version, scorer))
         return built
@@ -211,6 +223,13 @@ class Registry:
             extractor(torch.zeros(self._settings.max_batch, 3, space.input_size, space.input_size))
             self._extractors[space.fingerprint] = extractor
         return self._extractors[space.fingerprint]
+
+    def _drop(self, federation: str) -> None:
+        """Discards all that is known of a federation."""
+        dropped = [self._memories.pop(federation)]
+        for key in [key for key in self._generators if key[0] == federation]:
+            dropped += self._generators.pop(key)
+        self._forget(dropped)
 
     def _forget(self, replaced: list[Release]) -> None:
         """Removes from disk what only replaced releases used."""

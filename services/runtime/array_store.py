@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 from feddymem.v1.array_pb2 import Array, ArrayChunk
@@ -16,6 +17,8 @@ class ArrayStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # Two streams may carry the same array, each in a thread of its own.
+        self._lock = threading.RLock()
         folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, sha256: bytes) -> bool:
@@ -23,20 +26,21 @@ class ArrayStore:
 
     def held_bytes(self, manifest: Array) -> int:
         """Bytes of an array that are here already, from its start on."""
-        if manifest.sha256 in self:
+        with self._lock:
+            if manifest.sha256 in self:
+                return manifest.size_bytes
+            part = self._part(manifest.sha256)
+            if not part.exists():
+                return 0
+            held = part.stat().st_size
+            if held < manifest.size_bytes:
+                return held
+            # All bytes, and no rename: a process died between the two.
+            if not self._intact(part, manifest):
+                part.unlink()
+                return 0
+            self._finish(part, manifest.sha256)
             return manifest.size_bytes
-        part = self._part(manifest.sha256)
-        if not part.exists():
-            return 0
-        held = part.stat().st_size
-        if held < manifest.size_bytes:
-            return held
-        # All bytes, and no rename: a process died between the two.
-        if not self._intact(part, manifest):
-            part.unlink()
-            return 0
-        self._finish(part, manifest.sha256)
-        return manifest.size_bytes
 
     def read(self, sha256: bytes) -> bytes:
         """All bytes of an array.
@@ -51,10 +55,11 @@ class ArrayStore:
 
     def put(self, sha256: bytes, data: bytes) -> None:
         """Keeps an array; on disk when it returns."""
-        if sha256 not in self:
-            part = self._part(sha256)
-            part.write_bytes(data)
-            self._finish(part, sha256)
+        with self._lock:
+            if sha256 not in self:
+                part = self._part(sha256)
+                part.write_bytes(data)
+                self._finish(part, sha256)
 
     def append(self, manifest: Array, chunk: ArrayChunk) -> None:
         """Keeps the next chunk of an array; the whole array is on disk when its last chunk has been appended.
@@ -66,30 +71,32 @@ class ArrayStore:
                 end. Nothing
                 of a chunk that is refused is kept, nor anything of an array with a bad checksum.
         """
-        check_chunk(chunk)
-        end = chunk.offset + len(chunk.data)
-        if end > manifest.size_bytes:
-            raise invalid(f"array {manifest.name!r}: chunk ends at {end}, behind its {manifest.size_bytes} bytes")
-        held = self.held_bytes(manifest)
-        if end <= held:
-            return
-        if chunk.offset != held:
-            raise invalid(f"array {manifest.name!r}: chunk starts at {chunk.offset}, expected {held}; resume there")
-        part = self._part(manifest.sha256)
-        with part.open("ab") as file:
-            file.write(chunk.data)
-        if end == manifest.size_bytes:
-            if not self._intact(part, manifest):
-                part.unlink()
-                raise data_loss(
-                    f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again"
-                )
-            self._finish(part, manifest.sha256)
+        with self._lock:
+            check_chunk(chunk)
+            end = chunk.offset + len(chunk.data)
+            if end > manifest.size_bytes:
+                raise invalid(f"array {manifest.name!r}: chunk ends at {end}, behind its {manifest.size_bytes} bytes")
+            held = self.held_bytes(manifest)
+            if end <= held:
+                return
+            if chunk.offset > held:
+                raise invalid(f"array {manifest.name!r}: chunk starts at {chunk.offset}, expected {held}; resume there")
+            part = self._part(manifest.sha256)
+            with part.open("ab") as file:
+                file.write(chunk.data[held - chunk.offset :])
+            if end == manifest.size_bytes:
+                if not self._intact(part, manifest):
+                    part.unlink()
+                    raise data_loss(
+                        f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again"
+                    )
+                self._finish(part, manifest.sha256)
 
     def discard(self, sha256: bytes) -> None:
         """Removes an array, and what there is of it."""
-        self._path(sha256).unlink(missing_ok=True)
-        self._part(sha256).unlink(missing_ok=True)
+        with self._lock:
+            self._path(sha256).unlink(missing_ok=True)
+            self._part(sha256).unlink(missing_ok=True)
 
     def keep_only(self, wanted: set[bytes]) -> None:
         """Removes every whole array that is not wanted any more."""

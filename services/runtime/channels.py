@@ -26,7 +26,7 @@ _KEEPALIVE = [
 
 SERVER_OPTIONS = [
     *_KEEPALIVE,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
     ("grpc.so_reuseport", 0),
 ]
 

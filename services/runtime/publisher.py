@@ -11,6 +11,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.v1 import release_pb2_grpc
@@ -26,7 +27,7 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
 from services.runtime.changes import Changes
 from services.runtime.channels import TRANSIENT, open_channel
-from services.runtime.errors import as_refusal, invalid
+from services.runtime.errors import Refusal, as_refusal
 from services.runtime.logs import get_logger
 from services.runtime.server import Service
 from services.runtime.settings import ClientSettings
@@ -50,10 +51,6 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         self._current[release.federation] = release
         self._changes.notify()
 
-    def current(self, federation: str) -> Release | None:
-        """The current release of a federation."""
-        return self._current.get(federation)
-
     @property
     def service(self) -> Service:
         """What a server needs to serve this."""
@@ -66,13 +63,13 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         self, request: WatchReleasesRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[WatchReleasesResponse]:
         """See release.proto."""
-        sent: dict[str, int] = {}
+        sent: dict[str, Release] = {}
         while True:
             for federation, release in sorted(self._current.items()):
                 if request.federations and federation not in request.federations:
                     continue
-                if sent.get(federation) != release.version:
-                    sent[federation] = release.version
+                if sent.get(federation) is not release:
+                    sent[federation] = release
                     yield WatchReleasesResponse(release=release)
                     break
             else:
@@ -84,7 +81,9 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         """See release.proto."""
         data = await asyncio.to_thread(self._arrays.read, request.sha256)
         if request.offset > len(data):
-            raise invalid(f"offset {request.offset} is behind the array's {len(data)} bytes")
+            raise Refusal(
+                grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} is behind the array's {len(data)} bytes"
+            )
         for chunk in chunks(request.sha256, data, request.offset):
             yield DownloadArrayResponse(chunk=chunk)
 
@@ -110,11 +109,12 @@ async def follow(
                     await receive(response.release)
             except aio.AioRpcError as error:
                 _log.warning("watch_interrupted", publisher=address, code=error.code().name, details=error.details())
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever a release brings
                 refusal = as_refusal(error)
                 if refusal is None:
-                    raise
-                _log.error("release_refused", publisher=address, reason=refusal.text)
+                    _log.error("release_failed", publisher=address, exc_info=error)
+                else:
+                    _log.error("release_refused", publisher=address, reason=refusal.text)
             await pause(settings)
 
 

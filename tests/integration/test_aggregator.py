@@ -14,17 +14,19 @@ import pytest
 import yaml
 
 from feddymem.aggregate import aggregate
-from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT32
+from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32
 from feddymem.v1.federation_pb2 import (
     PHASE_DONE,
     PHASE_OPEN,
     PHASE_WAITING,
     GetStatusRequest,
+    JoinRequest,
     UploadBankRequest,
 )
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from services.demo.processes import Fleet
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks, encode
+from services.runtime.messages import feature_space_to_message
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import SPACE, TIMEOUT_SECONDS, FakeSite, make_bank
 
@@ -152,8 +154,9 @@ def broken(name: str, value: float) -> list[WireArray]:
     arrays[name].flat[3] = value
     wire = []
     for key, values in arrays.items():
-        data = values.astype("<f4").tobytes()
-        array = encode(key, np.ones_like(values), DATA_TYPE_FLOAT32)
+        kind = DATA_TYPE_FLOAT16 if key == "items" else DATA_TYPE_FLOAT32
+        data = values.astype("<f2" if key == "items" else "<f4").tobytes()
+        array = encode(key, np.ones_like(values), kind)
         array.manifest.sha256 = hashlib.sha256(data).digest()
         wire.append(WireArray(array.manifest, data))
     return wire
@@ -164,7 +167,9 @@ def broken(name: str, value: float) -> list[WireArray]:
     [
         ("items", np.nan, "NaN or infinite"),
         ("items", np.inf, "NaN or infinite"),
+        ("items", 6.5e4, "float16"),
         ("weights", 0.0, "weight"),
+        ("weights", 3e38, "160 patches"),
         ("spreads", -1.0, "spread"),
     ],
 )
@@ -175,8 +180,33 @@ def test_values_that_no_honest_site_makes_are_refused_and_nothing_is_kept(
     code, text = refused(lambda: sites[0].send(sites[0].header(arrays), arrays))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert said in text
-    assert refused(lambda: download(sites[0], arrays[0].manifest.sha256))[0] == grpc.StatusCode.NOT_FOUND
+    [damaged] = [array.manifest.sha256 for array in arrays if array.manifest.name == name]
+    assert refused(lambda: download(sites[0], damaged))[0] == grpc.StatusCode.NOT_FOUND
     assert sites[0].upload(make_bank())[-1].HasField("accepted")
+
+
+def test_another_element_type_or_length_is_refused_before_data_moves(sites: tuple[FakeSite, FakeSite]) -> None:
+    wide = [encode("items", make_bank(5).items, DATA_TYPE_FLOAT32), *bank_to_wire(make_bank(5), "float16")[1:]]
+    code, text = refused(lambda: sites[0].send_raw([UploadBankRequest(header=sites[0].header(wide))]))
+    assert (code, "FLOAT32" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    mixed = [bank_to_wire(make_bank(5), "float16")[0], *bank_to_wire(make_bank(6, items=19), "float16")[1:]]
+    code, text = refused(lambda: sites[0].send_raw([UploadBankRequest(header=sites[0].header(mixed))]))
+    assert (code, "[19]" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+def test_a_join_that_is_refused_leaves_no_trace(channel: grpc.Channel, federation: str) -> None:
+    bad = JoinRequest(
+        federation=federation,
+        site="a",
+        instance="x",
+        feature_space=feature_space_to_message(dataclasses.replace(SPACE, backbone="bogus")),
+    )
+    honest = FakeSite(channel, "a", federation)
+    code, text = refused(lambda: honest.rounds.Join(bad, timeout=TIMEOUT_SECONDS))
+    assert (code, "0 images" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    bad.images, bad.instance = 10, ""
+    assert refused(lambda: honest.rounds.Join(bad, timeout=TIMEOUT_SECONDS))[0] == grpc.StatusCode.INVALID_ARGUMENT
+    honest.join()
 
 
 def test_too_many_items_and_missing_arrays_are_refused(sites: tuple[FakeSite, FakeSite]) -> None:

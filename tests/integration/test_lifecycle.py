@@ -145,6 +145,30 @@ def test_once_ends_when_the_federation_is_done(
     assert get_status(aggregator.grpc).federations[0].release == 2
 
 
+def test_a_state_folder_of_another_site_is_refused(
+    aggregator: RunningService, products: dict[str, SiteData], tmp_path: Path
+) -> None:
+    state = ("--once", "--state-dir", str(tmp_path / "state"))
+    assert run_service("edge", *edge_flags(aggregator, products["dim-hall"]), *state).returncode == 0
+    run = run_service("edge", *edge_flags(aggregator, products["brick-hall"]), *state)
+    assert (run.returncode, "site dim-hall" in run.stderr, "Traceback" in run.stderr) == (1, True, False)
+
+
+def test_a_damaged_release_on_disk_is_fetched_again(
+    fleet: Fleet, aggregator: RunningService, products: dict[str, SiteData]
+) -> None:
+    site = products["dim-hall"]
+    edge = fleet.start("edge", "edge", *edge_flags(aggregator, site))
+    flags = inference_flags(aggregator, [edge])
+    inference = fleet.start("inference", "inference", *flags)
+    fleet.wait_until(lambda: serves(inference, site, 2), TIMEOUT_SECONDS, "release 2")
+    fleet.kill("inference")
+    for array in (inference.log.parent / "state" / "arrays").iterdir():
+        array.write_bytes(bytes(array.stat().st_size))
+    inference = fleet.start("inference", "inference", *flags)
+    fleet.wait_until(lambda: serves(inference, site, 2), TIMEOUT_SECONDS, "release 2, fetched again")
+
+
 def test_an_edge_client_killed_in_a_round_finishes_it_after_its_restart(
     fleet: Fleet, start_aggregator: StartAggregator, products: dict[str, SiteData]
 ) -> None:

@@ -130,3 +130,14 @@ def test_no_banks_are_refused() -> None:
 def test_banks_of_different_channels_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=r"different numbers of channels: \[4, 5\]"):
         aggregate([bank(3, channels=5), bank(3, channels=4)], count)
+
+
+def test_weighted_items_pull_the_merged_item_towards_the_heavier() -> None:
+    bank = MemoryBank(
+        items=np.array([[0.0], [1.0], [9.0]], np.float32),
+        weights=np.array([9, 1, 1], np.float32),
+        spreads=np.zeros(3, np.float32),
+    )
+    plain, weighted = (sorted(aggregate([bank], 2, weighted=w).memory.items[:, 0].tolist()) for w in (False, True))
+    assert plain == pytest.approx([0.5, 9.0])
+    assert weighted == pytest.approx([0.1, 9.0])

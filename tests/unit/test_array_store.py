@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -241,3 +243,19 @@ def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="no space left"):
         write_atomically(path, b"never")
     assert path.read_bytes() == b"new"
+
+
+def test_two_streams_of_the_same_array_do_not_disturb_each_other(tmp_path: Path) -> None:
+    for trial in range(20):
+        store = ArrayStore(tmp_path / str(trial))
+        together = threading.Barrier(2)
+
+        def stream(store: ArrayStore = store, together: threading.Barrier = together) -> None:
+            together.wait()
+            for start in range(0, len(DATA), 7):
+                store.append(MANIFEST, piece(start, min(start + 7, len(DATA))))
+
+        with ThreadPoolExecutor(2) as pool:
+            for ended in [pool.submit(stream) for _ in range(2)]:
+                ended.result()
+        assert store.read(MANIFEST.sha256) == DATA
