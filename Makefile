@@ -31,7 +31,7 @@ demo: setup  ## Run a federation on this machine and write OUT/report.html; DATA
 	$(BIN)/feddymem demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 test: setup  ## Run all tests (those that need a GPU are skipped where there is none)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
 	$(BIN)/ruff format --check .

@@ -70,7 +70,7 @@ def test_it_reports_every_site_and_leaves_no_process(data: Path, tmp_path: Path)
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_or_killed_it_leaves_no_process(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen([*DEMO, "--data", str(data), "--out", str(tmp_path / "out")])
     parent = psutil.Process(process.pid)

@@ -57,9 +57,7 @@ def aggregator(start_aggregator: StartAggregator) -> RunningService:
     [
         (("edge", "--site", "a"), {}, "aggregator: is required"),
         (("aggregator",), {"FEDDYMEM_FEDERATION": "x"}, "FEDDYMEM_FEDERATION"),
-        (("inference", "--aggregator", "nowhere"), {}, "aggregator: "),
         (("inference", "--aggregator", "h:1", "--queue-size", "0"), {}, "queue_size: "),
-        (("aggregator", "--config", "missing.yaml"), {}, "missing.yaml"),
     ],
 )
 def test_a_wrong_setting_ends_the_start_and_is_named(
