@@ -219,8 +219,6 @@ class Registry:
             extractor.feature_space.require_same(
                 space, "this service's backbone", f"the release of federation {memory.federation!r}"
             )
-            # Warm at the largest batch as well, so that neither time nor memory is spent on it under load.
-            extractor(torch.zeros(self._settings.max_batch, 3, space.input_size, space.input_size))
             self._extractors[space.fingerprint] = extractor
         return self._extractors[space.fingerprint]
 
