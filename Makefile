@@ -13,7 +13,7 @@ IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test check format protos lock images bench clean
+.PHONY: help setup demo test check format protos breaking lock images bench clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

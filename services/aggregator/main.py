@@ -9,7 +9,7 @@ from services.aggregator.servicer import FederationServicer
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
-from services.runtime.hardware import set_threads
+from services.runtime.hardware import configure_hardware
 from services.runtime.logs import configure_logs
 from services.runtime.publisher import Publisher
 from services.runtime.server import listening, run_until_stopped
@@ -25,7 +25,7 @@ def main(args: list[str]) -> None:
     """
     settings = load_settings(AggregatorSettings, args)
     configure_logs(settings.log_format)
-    set_threads(settings.threads)
+    configure_hardware(settings.threads)
     asyncio.run(_serve(settings))
 
 

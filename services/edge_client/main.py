@@ -14,7 +14,7 @@ from services.edge_client.participant import Participant
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.channels import open_channel
-from services.runtime.hardware import set_threads
+from services.runtime.hardware import configure_hardware
 from services.runtime.logs import configure_logs, get_logger
 from services.runtime.progress import shown_progress
 from services.runtime.publisher import Publisher
@@ -35,7 +35,7 @@ def main(args: list[str]) -> None:
     """
     settings = load_settings(EdgeClientSettings, args)
     configure_logs(settings.log_format)
-    set_threads(settings.threads)
+    configure_hardware(settings.threads)
     list_images(settings.data)  # fail before anything listens
     device = resolve_device(settings.device)
     asyncio.run(_serve(settings, device))

@@ -8,7 +8,7 @@ from services.inference.batcher import Batcher
 from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
-from services.runtime.hardware import set_threads
+from services.runtime.hardware import configure_hardware
 from services.runtime.logs import configure_logs
 from services.runtime.publisher import follow
 from services.runtime.server import Readiness, listening, run_until_stopped
@@ -24,7 +24,7 @@ def main(args: list[str]) -> None:
     """
     settings = load_settings(InferenceSettings, args)
     configure_logs(settings.log_format)
-    set_threads(settings.threads)
+    configure_hardware(settings.threads)
     asyncio.run(_serve(settings))
 
 
