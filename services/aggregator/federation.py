@@ -16,6 +16,7 @@ from feddymem.aggregate import Aggregation
 from feddymem.feature_space import FeatureSpace
 from feddymem.federation import next_memory
 from feddymem.memory import InvalidBankError, MemoryBank
+from feddymem.names import NAME_PATTERN, NAME_RULE
 from feddymem.v1 import feature_space_pb2
 from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT32, Array, DataType
 from feddymem.v1.federation_pb2 import (
@@ -42,7 +43,6 @@ from services.runtime.errors import Refusal, exists, invalid, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
 from services.runtime.publisher import MAX_ARRAY_BYTES, Publisher
-from services.runtime.settings import NAME_PATTERN
 
 _MAX_IMAGES = 10**9
 _MAX_VALUE = 60_000.0
@@ -357,6 +357,4 @@ class Federation:
 def _check_names(request: JoinRequest) -> None:
     for what, value in (("site", request.site), ("instance", request.instance)):
         if not re.fullmatch(NAME_PATTERN, value):
-            raise invalid(
-                f"{what} {value!r} must be 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
-            )
+            raise invalid(f"{what} {value!r} must be {NAME_RULE}")

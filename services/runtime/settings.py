@@ -17,6 +17,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from feddymem.names import NAME_PATTERN
+
 ENVIRONMENT_PREFIX = "FEDDYMEM_"
 
 
@@ -34,7 +36,6 @@ def _host_and_port(address: str) -> str:
 Address = Annotated[str, AfterValidator(_host_and_port)]
 """HOST:PORT."""
 
-NAME_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """Name of a federation or site: letters, digits, '.', '_' and '-'; at most 63."""
 
