@@ -1,12 +1,17 @@
-"""Data sets in the MVTec AD layout, one folder per site.
+"""Data sets: the images of each site, from a folder in the MVTec AD layout or from a file that lists them.
 
 ROOT/SITE/train/good/*                  normal images, for the memory bank
 ROOT/SITE/test/good/*, test/KIND/*      test images, normal and defect
 ROOT/SITE/ground_truth/KIND/STEM_mask.png    masks of the defects
+
+The files are read by `feddymem.dataset_files`; docs/data-sets.md has an example of each.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddymem.images import decode_file
+from feddymem.names import NAME_PATTERN, NAME_RULE
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 GOOD = "good"
 
 
+Images = tuple[Sequence[Path], Sequence["TestImage"]]
+"""Normal images for training, and test images; in any order."""
+
+
 class DatasetError(ValueError):
-    """A folder is missing, empty, or not in the layout."""
+    """A folder or file is missing, empty, or not in the layout."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +64,55 @@ class TestImage:
             return np.zeros(size, np.bool_)
         if self.mask is None:
             raise DatasetError(f"{self.path} shows a defect but has no mask")
-        pixels = decode_file(self.mask)[:, :, 0]
+        pixels = read_mask(self.mask)
         rows = (np.arange(size[0]) + 0.5) * pixels.shape[0] / size[0]
         columns = (np.arange(size[1]) + 0.5) * pixels.shape[1] / size[1]
-        return np.asarray(pixels[rows.astype(int)][:, columns.astype(int)] > 127)
+        return np.asarray(pixels[rows.astype(int)][:, columns.astype(int)])
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """One site's folder.
+    """One site's images.
 
     Attributes:
         name: name of the site.
-        train_folder: folder of the normal images.
-        train: normal images for the bank, sorted.
+        train: normal images for the bank, sorted; at least one.
         test: test images, sorted.
     """
 
     name: str
-    train_folder: Path
     train: tuple[Path, ...]
     test: tuple[TestImage, ...]
+
+
+def make_site(name: str, train: Sequence[Path], test: Sequence[TestImage]) -> SiteData:
+    """A site of images in any order.
+
+    Raises:
+        DatasetError: no valid name, no normal image for training, or an image twice.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise DatasetError(f"site name {name!r} must be {NAME_RULE}")
+    if not train:
+        raise DatasetError(f"site {name} has no normal image for training; a memory bank needs some")
+    counts = Counter([*train, *(image.path for image in test)])
+    (path, times), *_ = counts.most_common(1)
+    if times > 1:
+        raise DatasetError(f"site {name} has the image {path} {times} times; list each once, for training or for test")
+    return SiteData(name, tuple(sorted(train)), tuple(sorted(test, key=lambda image: image.path)))
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """Defect pixels of a mask file, (height, width).
+
+    Where no value is above 127, values are labels (VisA numbers the kinds of defect 1, 2, ...): all but 0 are defect.
+    Elsewhere they are shades of 0..255, with soft edges in some data sets: those above 127 are defect.
+
+    Raises:
+        ImageError: the file cannot be decoded.
+    """
+    values = decode_file(path).max(axis=2)
+    return np.asarray(values > 127 if values.max() > 127 else values > 0)
 
 
 def list_images(folder: Path) -> tuple[Path, ...]:
@@ -91,35 +129,57 @@ def list_images(folder: Path) -> tuple[Path, ...]:
     return found
 
 
-def load_sites(root: Path) -> tuple[SiteData, ...]:
-    """All sites under a folder, by name.
+def load_sites(path: Path) -> tuple[SiteData, ...]:
+    """All sites of a data set, by name.
+
+    Args:
+        path: a folder of site folders in the MVTec AD layout; a CSV file of images, ours or VisA's; or a YAML file that
+            makes sites out of several public data sets.
 
     Raises:
-        DatasetError: no site folder with `train/good` under it, or a site without images.
+        DatasetError: nothing there, not in the layout, or a site without images for training.
     """
-    if not root.is_dir():
-        raise DatasetError(f"data folder {root} does not exist")
+    from feddymem import dataset_files  # it needs the classes above
+
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.exists():
+        raise DatasetError(f"data set {path} does not exist; expected a folder, a CSV or a YAML file")
+    if path.suffix.lower() == ".csv":
+        return dataset_files.load_csv(path)
+    if path.suffix.lower() in {".yaml", ".yml"}:
+        return dataset_files.load_mixture(path)
+    raise DatasetError(f"data set {path} is neither a folder nor a .csv, .yaml or .yml file")
+
+
+def _load_folder(root: Path) -> tuple[SiteData, ...]:
     folders = sorted(path for path in root.iterdir() if (path / "train" / GOOD).is_dir())
     if not folders:
         raise DatasetError(
             f"data folder {root} has no SITE/train/{GOOD} folder; expected one folder per site (MVTec AD layout)"
         )
-    return tuple(_load_site(folder) for folder in folders)
+    return tuple(make_site(folder.name, *load_category(folder)) for folder in folders)
 
 
-def _load_site(folder: Path) -> SiteData:
-    test = list_images(folder / "test") if (folder / "test").is_dir() else ()
-    return SiteData(
-        name=folder.name,
-        train_folder=folder / "train" / GOOD,
-        train=list_images(folder / "train" / GOOD),
-        test=tuple(_test_image(folder, path) for path in test),
-    )
+def load_category(folder: Path, good: str = GOOD, masks: Sequence[str] = ("{stem}_mask.png",)) -> Images:
+    """Images of one category's folder, in the MVTec AD layout or one alike.
 
+    Args:
+        folder: has `train` and `ground_truth`, and `test` where there are test images.
+        good: name of the folders of normal images.
+        masks: names that a mask may have in ground_truth/KIND.
 
-def _test_image(folder: Path, path: Path) -> TestImage:
-    kind, *rest = path.relative_to(folder / "test").parts
-    if not rest:
-        raise DatasetError(f"{path} lies directly in test; put it into test/{GOOD} or test/KIND")
-    mask = folder / "ground_truth" / kind / f"{path.stem}_mask.png"
-    return TestImage(path=path, kind=kind, mask=mask if mask.is_file() else None)
+    Raises:
+        DatasetError: a folder is missing or empty, or a test image is in no folder of its kind.
+    """
+    root = folder / "test"
+    paths = list_images(root) if root.is_dir() else ()
+    test = []
+    for path in paths:
+        kind, *rest = path.relative_to(root).parts
+        if not rest:
+            raise DatasetError(f"{path} lies directly in test; put it into test/{good} or test/KIND")
+        found = (folder / "ground_truth" / kind / mask.format(stem=path.stem) for mask in masks)
+        mask = next((each for each in found if each.is_file()), None)
+        test.append(TestImage(path, GOOD, None) if kind == good else TestImage(path, kind, mask))
+    return list_images(folder / "train" / good), test

@@ -94,7 +94,8 @@ def status(
 @app.command()
 def demo(
     data: Annotated[
-        Path | None, typer.Option(help="Folder of site folders in the MVTec AD layout; without it, synthetic products.")
+        Path | None,
+        typer.Option(help="Site folders in the MVTec AD layout, a CSV or a mixture in YAML; without it, synthetic."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("out"),
 ) -> None:

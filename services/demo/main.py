@@ -107,10 +107,19 @@ def _start(
     for site in sites:
         # One thread each: the sites of a demo share one machine's cores.
         flags = ["--federation", _FEDERATION, "--site", site.name, "--aggregator", aggregator.grpc, "--threads", "1"]
-        fleet.launch(f"edge-{site.name}", "edge", *flags, "--data", str(site.train_folder))
+        images = _linked(site.train, folder / "images" / site.name)
+        fleet.launch(f"edge-{site.name}", "edge", *flags, "--data", str(images))
     edges = [fleet.wait_listening(f"edge-{name}").grpc for name in names]
     flags = ["--aggregator", aggregator.grpc, *(flag for address in edges for flag in ("--edge-clients", address))]
     return aggregator, fleet.start("inference", "inference", *flags)
+
+
+def _linked(images: tuple[Path, ...], folder: Path) -> Path:
+    """A folder of links to images, in their order: an edge client takes a folder, a site's images may lie anywhere."""
+    folder.mkdir(parents=True)
+    for number, path in enumerate(images):
+        (folder / f"{number:06}-{path.name}").symlink_to(path.resolve())
+    return folder
 
 
 def _follow_rounds(fleet: Fleet, aggregator: RunningService, show: object) -> FederationStatus:

@@ -70,7 +70,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, products: dict[str, SiteDat
 def edge_flags(aggregator: RunningService, site: SiteData, federation: str = "parts") -> list[str]:
     """Flags of an edge client of a site."""
     flags = ["--aggregator", aggregator.grpc, "--federation", federation, "--site", site.name]
-    return [*flags, "--data", str(site.train_folder), "--threads", "1", "--retry-seconds", "0.2"]
+    return [*flags, "--data", str(site.train[0].parent), "--threads", "1", "--retry-seconds", "0.2"]
 
 
 def inference_flags(aggregator: RunningService, edges: Iterable[RunningService]) -> list[str]:

@@ -24,7 +24,7 @@ def data(products: dict[str, SiteData], tmp_path: Path) -> Path:
     """Two sites with few images."""
     for name in ("brick-hall", "dim-hall"):
         site = products[name]
-        shutil.copytree(site.train_folder.parent.parent, tmp_path / "data" / name)
+        shutil.copytree(site.train[0].parent.parent.parent, tmp_path / "data" / name)
     for path in sorted((tmp_path / "data").glob("*/train/good/*"))[::2]:
         path.unlink()
     return tmp_path / "data"

@@ -107,7 +107,7 @@ def test_an_unreadable_image_is_skipped_counted_and_named(
     fleet: Fleet, aggregator: RunningService, products: dict[str, SiteData], tmp_path: Path
 ) -> None:
     site = products["dim-hall"]
-    shutil.copytree(site.train_folder, tmp_path / "images")
+    shutil.copytree(site.train[0].parent, tmp_path / "images")
     (tmp_path / "images" / "broken.png").write_bytes(b"broken")
     flags = edge_flags(aggregator, site)
     flags[flags.index("--data") + 1] = str(tmp_path / "images")

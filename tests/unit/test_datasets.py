@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from feddymem.datasets import DatasetError, TestImage, list_images, load_sites
+from feddymem.datasets import DatasetError, TestImage, list_images, load_sites, read_mask
 from feddymem.images import ImageError
 
 
@@ -33,8 +33,7 @@ def test_sites_come_by_name_with_their_images(tmp_path: Path) -> None:
         site(tmp_path, name)
     sites = load_sites(tmp_path)
     assert [each.name for each in sites] == ["line-a", "line-b"]
-    assert sites[0].train_folder == tmp_path / "line-a/train/good"
-    assert [path.name for path in sites[0].train] == ["000.png", "001.png"]
+    assert sites[0].train == tuple(tmp_path / "line-a/train/good" / name for name in ("000.png", "001.png"))
     assert [(each.kind, each.path.name) for each in sites[0].test] == [
         ("crack", "000.png"),
         ("dent", "007.png"),
@@ -62,6 +61,25 @@ def test_a_site_without_test_images_is_good_for_training(tmp_path: Path) -> None
     assert load_sites(tmp_path)[0].test == ()
 
 
+def test_a_test_image_in_no_folder_of_its_kind_is_refused(tmp_path: Path) -> None:
+    site(tmp_path, "a")
+    image(tmp_path / "a/test/000.png")
+    with pytest.raises(DatasetError, match=r"000\.png lies directly in test; put it into test/good or test/KIND"):
+        load_sites(tmp_path)
+
+
+def test_a_folder_that_cannot_name_a_site_is_refused(tmp_path: Path) -> None:
+    site(tmp_path, "line a")
+    with pytest.raises(DatasetError, match=r"site name 'line a' must be 1 to 63 letters"):
+        load_sites(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sites.json").write_text("{}")
+    with pytest.raises(DatasetError, match=r"sites\.json is neither a folder nor a \.csv, \.yaml or \.yml file"):
+        load_sites(tmp_path / "sites.json")
+
+
 def test_other_folders_and_files_are_passed_over(tmp_path: Path) -> None:
     site(tmp_path, "a")
     image(tmp_path / "notes/whiteboard.png")
@@ -85,7 +103,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     with pytest.raises(DatasetError, match=re.escape(f"folder {missing} does not exist")):
         list_images(missing)
-    with pytest.raises(DatasetError, match=re.escape(f"data folder {missing} does not exist")):
+    with pytest.raises(DatasetError, match=re.escape(f"data set {missing} does not exist")):
         load_sites(missing)
 
 
@@ -134,6 +152,21 @@ def test_a_mask_has_no_shades(tmp_path: Path) -> None:
     shades = np.array([[0, 127, 128, 255]], np.uint8)
     mask = TestImage(tmp_path / "000.png", "crack", image(tmp_path / "mask.png", shades)).read_mask((1, 4))
     assert mask.tolist() == [[False, False, True, True]]
+
+
+def test_a_mask_of_labels_marks_every_kind_of_defect(tmp_path: Path) -> None:
+    labels = np.array([[0, 1, 2, 9]], np.uint8)
+    assert read_mask(image(tmp_path / "mask.png", labels)).tolist() == [[False, True, True, True]]
+
+
+def test_a_mask_may_have_colours(tmp_path: Path) -> None:
+    colours = np.zeros((1, 4, 3), np.uint8)
+    colours[0, 1:] = 200 * np.eye(3, dtype=np.uint8)
+    assert read_mask(image(tmp_path / "mask.png", colours)).tolist() == [[False, True, True, True]]
+
+
+def test_an_empty_mask_marks_nothing(tmp_path: Path) -> None:
+    assert not read_mask(image(tmp_path / "mask.png", 0)).any()
 
 
 def test_a_defect_without_mask_has_none_to_read(tmp_path: Path) -> None:
