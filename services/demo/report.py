@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from feddymem.datasets import TestImage
-from feddymem.evaluation import auroc
+from feddymem.evaluation import detect
 from feddymem.images import decode_file
 
 _CASES = 4
@@ -67,20 +67,13 @@ class SiteReport:
     @cached_property
     def figures(self) -> dict[str, float | None]:
         """What report.json says of the site; null where it cannot be said."""
+        masks = [s.image.read_mask(_size(s.anomalies)) if s.image.mask is not None else None for s in self.scored]
+        detection = detect(self.labels, self.scores, masks, [s.anomalies for s in self.scored])
         return {
-            "image_auroc": _finite(auroc(self.labels, self.scores)),
-            "pixel_auroc": _finite(self._pixel_auroc()),
+            **{name: _finite(value) for name, value in asdict(detection).items()},
             "local_image_auroc": _finite(self.local_image_auroc),
             "bytes_per_round": max(self.bytes_sent, default=None),
         }
-
-    def _pixel_auroc(self) -> float:
-        # An image whose mask is missing says nothing about pixels.
-        usable = [s for s in self.scored if not s.image.defect or s.image.mask is not None]
-        if not usable:
-            return math.nan
-        masks = np.concatenate([s.image.read_mask(_size(s.anomalies)).ravel() for s in usable])
-        return auroc(masks, np.concatenate([s.anomalies.ravel() for s in usable]))
 
 
 @dataclass(frozen=True, eq=False)
