@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from feddymem.comparison import CONTENDERS, Detector
 from feddymem.datasets import SiteData, TestImage
 from feddymem.evaluation import Detection, detect
 from feddymem.feature_cache import CachedPatches, FeatureCache
+from feddymem.feature_space import FeatureSpace
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import Method
 from feddymem.scoring import Inspection, Scorer, anomaly_map
@@ -85,25 +88,26 @@ class Result:
         return _over(np.std, [run.mean for run in self.runs])
 
 
-def compare(
-    sites: Sequence[SiteData],
-    names: Sequence[str],
-    seeds: Sequence[int],
-    cache: FeatureCache,
-    progress: Progress = no_progress,
-) -> Iterator[tuple[str, Result]]:
-    """Compares methods; yields each one's name and result when it is done.
+@dataclass(frozen=True)
+class Experiment:
+    """Methods compared on one data set.
 
-    Args:
-        sites: the data set.
-        names: of CONTENDERS.
-        seeds: of the method; a method that does not depend on it runs once.
-        cache: gives patch features; `extract_all` before makes `seconds` comparable.
-        progress: told what the current run does.
+    Attributes:
+        data: the data set, as it was named.
+        feature_space: of the patch features.
+        seeds: seeds of the method.
+        results: by the method's name.
     """
-    for name in names:
-        used = seeds if CONTENDERS[name].seeded else seeds[:1]
-        yield name, Result(tuple(_run(sites, name, Method(seed=seed), cache, progress) for seed in used))
+
+    data: str
+    feature_space: FeatureSpace
+    seeds: tuple[int, ...]
+    results: dict[str, Result]
+
+
+def planned_runs(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Name and seed of each run, method by method; a method that does not depend on the seed runs once."""
+    return [(name, seed) for name in names for seed in (seeds if CONTENDERS[name].seeded else seeds[:1])]
 
 
 def extract_all(sites: Sequence[SiteData], cache: FeatureCache, progress: Progress = no_progress) -> None:
@@ -119,12 +123,22 @@ def extract_all(sites: Sequence[SiteData], cache: FeatureCache, progress: Progre
         progress("features", done, len(paths))
 
 
-def _run(sites: Sequence[SiteData], name: str, method: Method, cache: FeatureCache, progress: Progress) -> Run:
+def run(
+    sites: Sequence[SiteData], name: str, method: Method, cache: FeatureCache, progress: Progress = no_progress
+) -> Run:
+    """One run: trains and scores all sites.
+
+    Args:
+        sites: the data set.
+        name: one of CONTENDERS.
+        method: of the federation; its seed is the run's.
+        cache: gives patch features; after `extract_all`, seconds of runs are comparable.
+        progress: told what is being done.
+    """
     _reset_peak_memory()
     started = time.perf_counter()
     sources = {site.name: CachedPatches(cache, site.train) for site in sites}
-    device = str(cache.extractor.device)
-    detectors = CONTENDERS[name].detectors(sources, method, progress, device)
+    detectors = CONTENDERS[name].detectors(sources, method, progress, str(cache.extractor.device))
     detections = {site.name: score(site.test, detectors[site.name], cache, progress) for site in sites}
     cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(_peak_memory())}
     sent = {site: {"bytes_per_site_round": float(max(d.bytes_sent, default=0))} for site, d in detectors.items()}
@@ -165,7 +179,14 @@ def _over(statistic: Callable[[Sequence[float]], np.floating], figures: Sequence
 
 
 def _reset_peak_memory() -> None:
-    """Lets the kernel count the peak anew; elsewhere than on Linux the peak is that of the whole process so far."""
+    """Lets the kernel count the peak anew; elsewhere than on Linux the peak is that of the whole process so far.
+
+    What earlier runs freed is given back first, so that it does not count for this one.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
