@@ -6,6 +6,7 @@ all, and one that was damaged since is discarded and extracted again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -54,7 +55,7 @@ class FeatureCache:
         self._root, self._limit = folder, limit_bytes
         self._entries: dict[Path, Path] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._held = sum(path.stat().st_size for path in self._files())
+        self._held = sum(size for _, size, _ in self._files())
 
     def features(self, paths: Sequence[Path]) -> NDArray[np.float16]:
         """(n, patches, channels) of n image files, extracted where they are not in the folder.
@@ -105,7 +106,7 @@ class FeatureCache:
 
     def _write(self, image: Path, features: NDArray[np.float16]) -> None:
         data = np.ascontiguousarray(features).tobytes()
-        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as part:
+        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=f"{_SUFFIX}.part", delete=False) as part:
             try:
                 part.write(hashlib.sha256(data).digest() + data)
                 part.close()
@@ -119,7 +120,7 @@ class FeatureCache:
 
     def _remove_oldest(self) -> None:
         """Down to a share of the bound, by what is in the folder now: other processes may have written too."""
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._files())
+        files = sorted(self._files())
         self._held = sum(size for _, size, _ in files)
         for _, size, path in files:
             if self._held <= _KEPT_SHARE * self._limit:
@@ -127,8 +128,12 @@ class FeatureCache:
             path.unlink(missing_ok=True)
             self._held -= size
 
-    def _files(self) -> Iterator[Path]:
-        return self._root.glob(f"*/*{_SUFFIX}")
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """Time of last use, bytes and path of each entry, and of what a killed process left of one."""
+        for path in self._root.glob(f"*/*{_SUFFIX}*"):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process
+                status = path.stat()
+                yield status.st_mtime_ns, status.st_size, path
 
 
 class CachedPatches:
