@@ -9,7 +9,7 @@ from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from feddymem.backbone import EMBEDDED_BACKBONE, FeatureExtractor, load_extractor
 from feddymem.comparison import CONTENDERS
@@ -157,9 +157,9 @@ def _results(
 
 
 def _table(experiment: Experiment) -> Table:
-    table = Table("method", *COLUMNS, title="mean over sites, ± over seeds")
+    table = Table(Column("method", no_wrap=True), *COLUMNS, title="mean over sites and seeds")
     for name, result in experiment.results.items():
-        table.add_row(name, *cells(result.mean, result.std if len(experiment.seeds) > 1 else None))
+        table.add_row(name, *cells(result.mean))
     return table
 
 
