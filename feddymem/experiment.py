@@ -96,7 +96,7 @@ class Experiment:
         data: the data set, as it was named.
         feature_space: of the patch features.
         seeds: seeds of the method.
-        results: by the method's name.
+        results: by the method's name; of those that are done.
     """
 
     data: str
@@ -105,9 +105,9 @@ class Experiment:
     results: dict[str, Result]
 
 
-def planned_runs(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """Name and seed of each run, method by method; a method that does not depend on the seed runs once."""
-    return [(name, seed) for name in names for seed in (seeds if CONTENDERS[name].seeded else seeds[:1])]
+def seeds_run(name: str, seeds: Sequence[int]) -> Sequence[int]:
+    """The seeds that a method runs with: only the first where it does not depend on it."""
+    return seeds if CONTENDERS[name].seeded else seeds[:1]
 
 
 def extract_all(sites: Sequence[SiteData], cache: FeatureCache, progress: Progress = no_progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,11 +15,12 @@ from rich.table import Column, Table
 from feddymem.backbone import EMBEDDED_BACKBONE, FeatureExtractor, load_extractor
 from feddymem.comparison import CONTENDERS
 from feddymem.datasets import DatasetError, SiteData, load_sites
-from feddymem.experiment import Experiment, Result, Run, extract_all, planned_runs, run
+from feddymem.experiment import Experiment, Result, extract_all, run, seeds_run
 from feddymem.feature_cache import FeatureCache, default_folder
 from feddymem.images import ImageError
+from feddymem.memory_reduce import Progress as Report
 from feddymem.method import Method
-from services.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE
+from services.cli.exit_codes import FAILED, OK, USAGE
 from services.evaluate.report import COLUMNS, cells, write_report
 from services.runtime.hardware import configure_hardware
 
@@ -60,7 +62,7 @@ class Backbone:
 
 
 def evaluate(data: Path, out: Path, methods: str, seeds: str, cache: Path | None, backbone: Backbone) -> int:
-    """Runs the evaluation; the exit code."""
+    """Runs the evaluation; the exit code. An interruption is raised, and leaves the report of the methods done."""
     signal.signal(signal.SIGTERM, _interrupt)
     configure_hardware(None)
     console = Console(stderr=True, soft_wrap=True)
@@ -68,19 +70,14 @@ def evaluate(data: Path, out: Path, methods: str, seeds: str, cache: Path | None
         names, numbers = parse_methods(methods), parse_seeds(seeds)
         sites = _load(data)
         extractor = backbone.load()
+        features = FeatureCache(cache or default_folder(), extractor)
         out.mkdir(parents=True, exist_ok=True)  # before hours of work, should it not be possible
-        results = _results(sites, names, numbers, FeatureCache(cache or default_folder(), extractor), console)
-        experiment = Experiment(str(data), extractor.feature_space, numbers, results)
-        write_report(experiment, out)
-    except KeyboardInterrupt:
-        console.print("feddymem evaluate: interrupted; no report is written")
-        return INTERRUPTED
-    except (InvalidChoiceError, DatasetError, ImageError) as error:
+        for results in _results(sites, names, numbers, features, console):
+            experiment = Experiment(str(data), extractor.feature_space, numbers, results)
+            write_report(experiment, out)
+    except (InvalidChoiceError, DatasetError, ImageError, OSError) as error:
         console.print(f"feddymem evaluate: {error}", markup=False)
-        return USAGE
-    except OSError as error:
-        console.print(f"feddymem evaluate: {error}", markup=False)
-        return FAILED
+        return FAILED if isinstance(error, OSError) else USAGE
     Console().print(_table(experiment))
     console.print(f"report: {out / 'report.html'}, {out / 'report.md'} and {out / 'report.json'}", markup=False)
     return OK
@@ -131,29 +128,38 @@ def _load(data: Path) -> tuple[SiteData, ...]:
 
 def _results(
     sites: tuple[SiteData, ...], names: tuple[str, ...], seeds: tuple[int, ...], cache: FeatureCache, console: Console
-) -> dict[str, Result]:
-    """Each method's result, with a bar for all and one for what is being done."""
+) -> Iterator[dict[str, Result]]:
+    """Results of the methods done so far, whenever one more is; with a bar for all runs and one for the step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    plan = planned_runs(names, seeds)
+    results: dict[str, Result] = {}
     with Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=_SPEED_SECONDS) as bars:
-        overall, step = bars.add_task("runs", total=len(plan)), bars.add_task("features", total=None)
-        shown = ""
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal shown
-            if what != shown or done < bars.tasks[1].completed:
-                bars.reset(step, description=what, total=total)
-                shown = what
-            bars.update(step, completed=done, total=total)
-
+        show = _step(bars)
         extract_all(sites, cache, show)
-        bars.reset(overall)  # time left counts from the first run
-        for name, seed in plan:
-            bars.update(overall, description=f"runs: {name}, seed {seed}")
-            runs[name].append(run(sites, name, Method(seed=seed), cache, show))
-            bars.advance(overall)
-    return {name: Result(tuple(done)) for name, done in runs.items()}
+        overall = bars.add_task("runs", total=sum(len(seeds_run(name, seeds)) for name in names))
+        for name in names:
+            runs = []
+            for seed in seeds_run(name, seeds):
+                runs.append(run(sites, name, Method(seed=seed), cache, show))
+                bars.advance(overall)
+                auroc, seconds = runs[-1].mean["image_auroc"], runs[-1].mean["seconds"]
+                console.print(f"{name}, seed {seed}: image AUROC {auroc:.3f}, {seconds:.0f} s", highlight=False)
+            results[name] = Result(tuple(runs))
+            yield results
+
+
+def _step(bars: Progress) -> Report:
+    """A bar that shows one step after the other."""
+    task = bars.add_task("", total=None)
+    shown = ("", 0)
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if what != shown[0] or done < shown[1]:
+            bars.reset(task, description=what)
+        bars.update(task, completed=done, total=total)
+        shown = (what, done)
+
+    return show
 
 
 def _table(experiment: Experiment) -> Table:

@@ -13,7 +13,7 @@ import pytest
 from feddymem.backbone import FeatureExtractor
 from feddymem.comparison import CONTENDERS
 from feddymem.datasets import SiteData, load_sites
-from feddymem.experiment import METRICS, Experiment, Figures, Result, Run, extract_all, planned_runs, run
+from feddymem.experiment import METRICS, Experiment, Figures, Result, Run, extract_all, run, seeds_run
 from feddymem.feature_cache import FeatureCache
 from feddymem.method import Method
 from services.evaluate.main import InvalidChoiceError, parse_methods, parse_seeds
@@ -81,7 +81,7 @@ def test_a_site_without_test_images_has_no_detection_figures(sites: tuple[SiteDa
 
 
 def test_methods_without_a_seed_run_once() -> None:
-    assert planned_runs(["local", "pooled"], [3, 4]) == [("local", 3), ("local", 4), ("pooled", 3)]
+    assert [seeds_run(name, (3, 4)) for name in ("local", "pooled")] == [(3, 4), (3,)]
 
 
 def figures(value: float) -> Figures:

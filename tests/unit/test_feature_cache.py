@@ -48,7 +48,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def directly(extractor: FeatureExtractor, path: Path) -> NDArray[np.float16]:
-    return extractor(extractor.prepare(decode_file(path))[None])[0].numpy().astype(np.float16)
+    return np.asarray(extractor(extractor.prepare(decode_file(path))[None])[0].numpy(), np.float16)
 
 
 def test_features_are_extracted_once_and_are_the_same_from_disk(
@@ -88,7 +88,7 @@ def test_a_damaged_entry_is_extracted_again(
     (entry,) = entries(folder)
     content = bytearray(entry.read_bytes())
     content[-1] ^= 1
-    entry.write_bytes({"truncated": content[:-7], "empty": b"", "flipped": content}[damage])
+    entry.write_bytes({"truncated": bytes(content[:-7]), "empty": b"", "flipped": bytes(content)}[damage])
     np.testing.assert_array_equal(FeatureCache(folder, small).features(paths[:1]), expected)
     FeatureCache(folder, small).features(paths[:1])
     assert passes == [1, 1]
