@@ -163,8 +163,8 @@ def _step(bars: Progress) -> Report:
 
 
 def _table(experiment: Experiment) -> Table:
-    figures = (Column(heading, overflow="fold", justify="right") for heading in COLUMNS)
-    table = Table(Column("method", no_wrap=True), *figures, title="mean over sites and seeds")
+    figures = (Column(heading, justify="right") for heading in COLUMNS)
+    table = Table(Column("method", no_wrap=True), *figures, title="mean over sites and seeds", box=None)
     for name, result in experiment.results.items():
         table.add_row(name, *cells(result.mean))
     return table
