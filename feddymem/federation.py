@@ -20,10 +20,12 @@ class FederatedMemory:
     Attributes:
         memory: the global memory of the last round.
         generators: each site's memory generator after the last round; None where the method has none.
+        bytes_sent: bytes of each site's banks on the wire, round by round.
     """
 
     memory: MemoryBank
     generators: dict[str, MemoryGenerator | None]
+    bytes_sent: dict[str, tuple[int, ...]]
 
 
 def next_memory(memory: MemoryBank | None, banks: list[MemoryBank], method: Method) -> Aggregation:
@@ -50,12 +52,14 @@ def federate(
     """
     memory: MemoryBank | None = None
     generators: dict[str, MemoryGenerator | None] = dict.fromkeys(sites)
+    bytes_sent: dict[str, tuple[int, ...]] = dict.fromkeys(sites, ())
     for round_number in range(1, method.rounds + 1):
         banks = []
         for name, source in sorted(sites.items()):
             update = local_update(source, memory, generators[name], method, round_number, progress, device)
             generators[name] = update.generator
             banks.append(update.bank)
+            bytes_sent[name] += (method.bank_bytes(len(update.bank), update.bank.channels),)
         memory = next_memory(memory, banks, method).memory
     assert memory is not None, "a method has at least one round"
-    return FederatedMemory(memory=memory, generators=generators)
+    return FederatedMemory(memory=memory, generators=generators, bytes_sent=bytes_sent)

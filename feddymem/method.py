@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 ItemType = Literal["float16", "uint8"]
@@ -31,3 +32,10 @@ class Method(BaseModel):
     weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")
     item_type: ItemType = Field(default="float16", description="element type of bank items on the wire")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random choice at sites and aggregator")
+
+    def bank_bytes(self, items: int, channels: int) -> int:
+        """Bytes of a bank on the wire: its items in `item_type`, weight and spread of each in float32.
+
+        Manifests and framing are left out; a test holds this to what the services send.
+        """
+        return items * (channels * np.dtype(self.item_type).itemsize + 2 * np.dtype(np.float32).itemsize)

@@ -1,4 +1,4 @@
-"""`feddymem`: start services, inspect images, see status, run the demo.
+"""`feddymem`: start services, inspect images, see status, run the demo, compare methods.
 
 Exit codes: 0 done; 1 failed; 2 a wrong flag, setting or input folder; 3 a server cannot be reached or refuses; 4 some
 images could not
@@ -103,6 +103,27 @@ def demo(
     from services.demo.main import demo as run
 
     raise typer.Exit(run(data, out))
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="Site folders in the MVTec AD layout, a CSV or a mixture in YAML.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.html and report.md.")],
+    methods: Annotated[str, typer.Option(help="Names separated by commas; without it, all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Separated by commas (0,1,2), or their number (3).")] = "0",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps patch features, up to 4 GiB; without it, the user's cache.")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="timm model; without it, the embedded one.")] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="The backbone's weights as safetensors.")] = None,
+    input_size: Annotated[int, typer.Option(help="Side of the network input in pixels, a multiple of 16.")] = 224,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Compare methods on a data set, in this process, and write a report."""
+    from services.evaluate.main import Backbone
+    from services.evaluate.main import evaluate as run
+
+    raise typer.Exit(run(data, out, methods, seeds, cache, Backbone(backbone, checkpoint, input_size, device)))
 
 
 def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:

@@ -7,21 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from feddymem.backbone import FeatureExtractor
+from feddymem.comparison import alone
 from feddymem.datasets import SiteData
 from feddymem.evaluation import auroc
 from feddymem.extraction import extract
-from feddymem.federation import federate
 from feddymem.images import decode_file
 from feddymem.method import Method
 from feddymem.scoring import Scorer
 
 
 def local_image_auroc(site: SiteData, method: Method, extractor: FeatureExtractor, folder: Path) -> float:
-    """Image AUROC of a federation of this site alone, at the same memory budget: its bank may fill the global
-    memory."""
+    """Image AUROC of a federation of this site alone, at the same memory budget."""
     patches = extract(site.train, extractor, folder / "local.f16").patches
-    alone = method.model_copy(update={"bank_items": method.memory_items})
-    outcome = federate({site.name: patches}, alone)
-    scorer = Scorer(extractor, outcome.memory, outcome.generators[site.name])
+    detector = alone({site.name: patches}, method)[site.name]
+    scorer = Scorer(extractor, detector.memory, detector.generator)
     scores = [scorer.inspect(extractor.prepare(decode_file(image.path))[None])[0].score for image in site.test]
     return auroc(np.array([image.defect for image in site.test], bool), np.array(scores))

@@ -15,3 +15,9 @@ hypothesis.settings.load_profile("unit")
 @pytest.fixture(scope="session")
 def extractor() -> FeatureExtractor:
     return load_extractor(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def small() -> FeatureExtractor:
+    """The embedded backbone at a small input size: 8 x 8 patches."""
+    return load_extractor(input_size=64, device="cpu")

@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from feddymem.backbone import FeatureExtractor, load_extractor
+from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import DatasetError
 from feddymem.extraction import extract
 from feddymem.images import decode_file
-
-
-@pytest.fixture(scope="module")
-def small() -> FeatureExtractor:
-    """The embedded backbone at a small input size: 8 x 8 patches."""
-    return load_extractor(input_size=64, device="cpu")
 
 
 def images(folder: Path, count: int) -> list[Path]:

@@ -1,0 +1,1 @@
+"""`feddymem evaluate`: methods compared on a data set, and the report."""
