@@ -24,7 +24,7 @@ COLUMNS = (
 )
 """Headings of METRICS, in their order."""
 
-_FORMS = {"bytes_per_site_round": (1024.0, ".1f"), "seconds": (1.0, ".1f"), "peak_memory_bytes": (2.0**20, ".0f")}
+_FORMS = {"bytes_per_site_round": (1024.0, ".0f"), "seconds": (1.0, ".1f"), "peak_memory_bytes": (2.0**20, ".0f")}
 """Unit and form of the figures that are no shares."""
 
 

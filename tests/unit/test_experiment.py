@@ -136,6 +136,7 @@ def test_the_reports_for_people_have_every_method_and_site(experiment: Experimen
     assert "<parts>" in text
     for report in (page, text):
         assert all(word in report for word in ("feddymem", "pooled", "0.438 ± 0.062", "AUPRO"))
+        assert report.count("±") == 1 + len(METRICS)  # the legend, and feddymem's: pooled ran once
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == (2 + 2) + 2 * (2 + 2)
     assert len({row.count("|") for row in rows}) == 1
