@@ -1,118 +1,28 @@
-"""Decoding: right values from every format, an ImageError and nothing else from everything that is not an image."""
+"""Decoding: right values from every format and from raw pixels."""
 
 from __future__ import annotations
 
-import io
 import re
-import struct
-import subprocess
-import sys
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 from PIL import Image
 
-from feddymem.images import ImageError, Pixels, decode, decode_file, from_raw, to_rgb
-
-Stored = NDArray[Any]
-
-HEIGHT, WIDTH = 22, 31
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
-
-LOSSLESS = [
-    *[("PNG", dtype, channels) for dtype in ("uint8", "uint16") for channels in (1, 2, 3, 4)],
-    *[("TIFF", dtype, channels) for dtype in ("uint8", "uint16") for channels in (1, 3, 4)],
-    *[("BMP", "uint8", channels) for channels in (1, 3, 4)],
-]
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png_header(width: int, height: int, bits: int, colour_type: int) -> bytes:
-    return PNG_SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
-
-
-def png(stored: Stored) -> bytes:
-    """Written here because Pillow cannot write 16-bit RGB, and OpenCV is what is under test."""
-    stored = stored.reshape(*stored.shape[:2], -1)
-    height, width, channels = stored.shape
-    rows = stored.astype(">u2" if stored.dtype == np.uint16 else "u1")
-    scanlines = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = png_header(width, height, 8 * stored.dtype.itemsize, PNG_COLOUR_TYPES[channels])
-    return header + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
-
-
-def tiff(stored: Stored, **options: Any) -> bytes:
-    colour: dict[str, Any] = {"photometric": "minisblack"}
-    if stored.ndim == 3:
-        colour = {"photometric": "rgb", "extrasamples": ["unassalpha"] * (stored.shape[2] - 3)}
-    file = io.BytesIO()
-    tifffile.imwrite(file, stored, **(colour | options))
-    return file.getvalue()
-
-
-def pillow(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def random_values(dtype: str, channels: int, seed: int = 0) -> Stored:
-    shape = (HEIGHT, WIDTH) if channels == 1 else (HEIGHT, WIDTH, channels)
-    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
-
-
-def smooth() -> NDArray[np.uint8]:
-    """Red grows to the right, green downwards; blue is constant."""
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    return np.stack([columns * 7, rows * 10, np.full_like(rows, 60)], axis=2).astype(np.uint8)
-
-
-def encode(kind: str, stored: Stored) -> bytes:
-    if kind == "PNG":
-        return png(stored)
-    return tiff(stored) if kind == "TIFF" else pillow(Image.fromarray(stored), kind)
-
-
-def expected(stored: Stored) -> NDArray[np.float64]:
-    """R, G, B in 0..255 of stored grey, grey and alpha, RGB or RGBA."""
-    stored = stored.reshape(*stored.shape[:2], -1)
-    values = stored.astype(np.float64) * 255 / np.iinfo(stored.dtype).max
-    return np.repeat(values[:, :, :1], 3, axis=2) if stored.shape[2] < 3 else values[:, :, :3]
-
-
-def assert_is_pixels(pixels: Pixels) -> None:
-    assert pixels.dtype in (np.uint8, np.float32)
-    assert pixels.ndim == 3
-    assert pixels.shape[2] == 3
-    assert pixels.min() >= 0
-    assert pixels.max() <= 255
-
-
-SAMPLES: dict[str, Callable[[], bytes]] = {
-    "PNG": lambda: png(smooth()),
-    "PNG, 16 bits, RGBA": lambda: png(random_values("uint16", 4)),
-    "PNG, palette": lambda: pillow(Image.fromarray(smooth()).quantize(8), "PNG"),
-    "JPEG": lambda: pillow(Image.fromarray(smooth()), "JPEG"),
-    "JPEG, progressive": lambda: pillow(Image.fromarray(smooth()), "JPEG", progressive=True),
-    "BMP": lambda: pillow(Image.fromarray(smooth()), "BMP"),
-    "BMP, palette": lambda: pillow(Image.fromarray(smooth()).quantize(8), "BMP"),
-    "TIFF": lambda: tiff(smooth()),
-    "TIFF, strips": lambda: tiff(smooth(), rowsperstrip=4),
-    "TIFF, zlib, 16 bits": lambda: tiff(random_values("uint16", 3), compression="zlib"),
-    "TIFF, LZW": lambda: tiff(smooth(), compression="lzw"),
-}
+from feddymem.images import ImageError, decode, decode_file, from_raw, to_rgb
+from tests.unit.encoded_images import (
+    HEIGHT,
+    LOSSLESS,
+    WIDTH,
+    encode,
+    expected,
+    pillow,
+    png,
+    random_values,
+    smooth,
+    tiff,
+)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "channels"), LOSSLESS)
@@ -233,155 +143,6 @@ def test_a_refused_depth_is_named() -> None:
 def test_other_numbers_of_channels_are_refused(channels: int) -> None:
     with pytest.raises(ImageError, match=f"{channels} channels"):
         to_rgb(np.zeros((4, 4, channels), np.uint8))
-
-
-def test_no_bytes_are_refused() -> None:
-    with pytest.raises(ImageError, match="empty"):
-        decode(b"")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(b"not an image at all, but a line of text\n" * 20, id="text"),
-        pytest.param(b"\0" * 1000, id="zeros"),
-        pytest.param(PNG_SIGNATURE, id="PNG signature alone"),
-        pytest.param(b"\xff\xd8\xff", id="JPEG signature alone"),
-        pytest.param(b"BM", id="BMP signature alone"),
-        pytest.param(b"II*\0", id="TIFF signature alone"),
-        pytest.param(pillow(Image.new("RGB", (8, 8)), "GIF"), id="GIF"),
-        pytest.param(pillow(Image.new("RGB", (8, 8)), "PPM"), id="PPM"),
-    ],
-)
-def test_what_is_not_one_of_the_formats_is_refused(data: bytes) -> None:
-    with pytest.raises(ImageError):
-        decode(data)
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_a_truncated_file_is_refused_wherever_it_ends(name: str) -> None:
-    data = SAMPLES[name]()
-    ends = {*range(0, len(data), 1 + len(data) // 150), *range(len(data) - 20, len(data))}
-    for end in sorted(ends):
-        with pytest.raises(ImageError):
-            decode(data[:end])
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_a_file_of_which_half_is_overwritten_gives_pixels_or_an_image_error(name: str) -> None:
-    data = SAMPLES[name]()
-    noise = np.random.default_rng(0).bytes(len(data))
-    for start in range(0, len(data), 1 + len(data) // 40):
-        try:
-            assert_is_pixels(decode(data[:start] + noise[start:], max_pixels=20_000))
-        except ImageError:
-            continue
-
-
-@given(st.sampled_from([b"", PNG_SIGNATURE, b"\xff\xd8\xff\xe0", b"BM", b"II*\0", b"MM\0*"]), st.binary(max_size=200))
-def test_random_bytes_give_pixels_or_an_image_error(signature: bytes, rest: bytes) -> None:
-    try:
-        assert_is_pixels(decode(signature + rest, max_pixels=20_000))
-    except ImageError:
-        return
-
-
-@given(st.sampled_from(sorted(SAMPLES)), st.lists(st.integers(0, 2**20), min_size=1, max_size=6))
-def test_flipped_bits_give_pixels_within_the_limit_or_an_image_error(name: str, flips: list[int]) -> None:
-    data = bytearray(SAMPLES[name]())
-    for flip in flips:
-        data[flip // 8 % len(data)] ^= 1 << flip % 8
-    try:
-        pixels = decode(bytes(data), max_pixels=20_000)
-    except ImageError:
-        return
-    assert_is_pixels(pixels)
-    assert pixels.shape[0] * pixels.shape[1] <= 20_000
-
-
-def test_the_limit_of_pixels_is_inclusive() -> None:
-    data = png(smooth())
-    assert decode(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
-    with pytest.raises(ImageError, match=f"{WIDTH} x {HEIGHT} = {HEIGHT * WIDTH} pixels; at most {HEIGHT * WIDTH - 1}"):
-        decode(data, max_pixels=HEIGHT * WIDTH - 1)
-
-
-def huge_png() -> bytes:
-    return png_header(30_000, 30_000, 8, 2) + chunk(b"IDAT", zlib.compress(bytes(30_000))) + chunk(b"IEND", b"")
-
-
-def huge_bmp() -> bytes:
-    return (
-        b"BM" + struct.pack("<IHHI", 1000, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 30_000, 30_000, 1, 24, *[0] * 6)
-    )
-
-
-def huge_jpeg() -> bytes:
-    data = bytearray(pillow(Image.fromarray(smooth()), "JPEG"))
-    frame = data.index(b"\xff\xc0")
-    data[frame + 5 : frame + 9] = struct.pack(">HH", 30_000, 30_000)
-    return bytes(data)
-
-
-def with_tags(data: bytes, values: dict[int, int]) -> bytes:
-    """A little-endian TIFF with other values of some tags of one value each."""
-    changed = bytearray(data)
-    for tag, value in values.items():
-        entry = next(at for kind in (3, 4) if (at := data.find(struct.pack("<HHI", tag, kind, 1))) > 0)
-        changed[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, value)
-    return bytes(changed)
-
-
-def huge_tiff() -> bytes:
-    return with_tags(tiff(smooth()), {256: 30_000, 257: 30_000})
-
-
-def png_that_claims_a_long_chunk() -> bytes:
-    data = bytearray(png(smooth()))
-    data[33:37] = struct.pack(">I", 512 * 2**20)
-    return bytes(data)
-
-
-def tiff_that_claims_a_huge_tile() -> bytes:
-    return with_tags(tiff(smooth(), tile=(32, 32)), {322: 16_384, 323: 8_192})
-
-
-MEASURE = """
-import re, sys
-from pathlib import Path
-from feddymem.images import ImageError, decode
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-before = peak()
-try:
-    print(decode(sys.stdin.buffer.read()).shape)
-except ImageError as error:
-    print(error)
-print(peak() - before)
-"""
-
-
-@pytest.mark.parametrize(
-    ("bomb", "reason"),
-    [
-        (huge_png, "30000 x 30000 = 900000000 pixels; at most 64000000 are allowed"),
-        (huge_bmp, "30000 x 30000 = 900000000 pixels; at most 64000000 are allowed"),
-        (huge_jpeg, "30000 x 30000 = 900000000 pixels; at most 64000000 are allowed"),
-        (huge_tiff, "30000 x 30000 = 900000000 pixels; at most 64000000 are allowed"),
-        (png_that_claims_a_long_chunk, "image"),
-        (tiff_that_claims_a_huge_tile, "image"),
-    ],
-)
-def test_a_small_file_that_claims_to_be_huge_is_refused_without_the_memory(
-    bomb: Callable[[], bytes], reason: str
-) -> None:
-    """In a process of its own, whose peak of memory is its own."""
-    data = bomb()
-    assert len(data) < 5_000
-    done = subprocess.run([sys.executable, "-c", MEASURE], input=data, capture_output=True, check=True, timeout=60)
-    said, grown = done.stdout.decode().splitlines()
-    assert re.search(reason, said)
-    assert int(grown) < 64 * 1024, f"{int(grown) // 1024} MiB for a file of {len(data)} bytes"
 
 
 @pytest.mark.parametrize("bits", [8, 16])
