@@ -71,9 +71,8 @@ def federated(sites: Sites, method: Method, progress: Progress = no_progress, de
 
 
 def alone(sites: Sites, method: Method, progress: Progress = no_progress, device: str = "cpu") -> Detectors:
-    """Each site as a federation of its own at the same memory budget: its bank may fill the global memory."""
-    budget = method.model_copy(update={"bank_items": method.memory_items})
-    outcomes = {name: federate({name: source}, budget, progress, device) for name, source in sites.items()}
+    """Each site as a federation of its own, of the same configuration: as many items as it sends to one with others."""
+    outcomes = {name: federate({name: source}, method, progress, device) for name, source in sites.items()}
     return {name: Detector(outcome.memory, outcome.generators[name], ()) for name, outcome in outcomes.items()}
 
 
@@ -143,6 +142,7 @@ def fedavg(sites: Sites, method: Method, progress: Progress = no_progress, devic
     A round: sites train the generator, the average of their parameters, weighted by images, goes back to them, and they
     make their banks with it, so that banks and scores are of the same generator. Parameters go as float32.
     """
+    method = method.model_copy(update={"generator": True})
     fixed = method.model_copy(update={"metric_loss": False})
     memory: MemoryBank | None = None
     generator: MemoryGenerator | None = None
@@ -172,7 +172,7 @@ def average(generators: list[MemoryGenerator], weights: list[int]) -> MemoryGene
     return result
 
 
-def _without(**changes: object) -> Callable[[Sites, Method, Progress, str], Detectors]:
+def _changed(**changes: object) -> Callable[[Sites, Method, Progress, str], Detectors]:
     def detectors(sites: Sites, method: Method, progress: Progress, device: str) -> Detectors:
         return federated(sites, method.model_copy(update=changes), progress, device)
 
@@ -181,7 +181,7 @@ def _without(**changes: object) -> Callable[[Sites, Method, Progress, str], Dete
 
 CONTENDERS: dict[str, Contender] = {
     "feddymem": Contender(federated, "FedDyMem as it is by default"),
-    "local": Contender(alone, "each site alone, with as many memory items as the global memory has; nothing is sent"),
+    "local": Contender(alone, "each site alone, with as many items as it sends to a federation; nothing is sent"),
     "pooled": Contender(
         pooled, "PatchCore, 10 % coreset of all sites' patches in one place: privacy given up", seeded=False
     ),
@@ -189,9 +189,12 @@ CONTENDERS: dict[str, Contender] = {
         averaged, "each image averaged into the items of the first, in place of memory-reduce"
     ),
     "fedavg": Contender(fedavg, "one memory generator for all sites, by federated averaging of its parameters"),
-    "without-generator": Contender(_without(generator=False), "FedDyMem without memory generators"),
-    "without-metric-loss": Contender(_without(metric_loss=False), "FedDyMem with generators that are not trained"),
-    "without-memory-reduce": Contender(_without(memory_reduce=False), "FedDyMem with banks of patches drawn at random"),
-    "without-rounds": Contender(_without(rounds=1), "FedDyMem in one round"),
+    "with-generator": Contender(_changed(generator=True), "FedDyMem with memory generators and metric loss"),
+    "without-generator": Contender(_changed(generator=False), "FedDyMem without memory generators"),
+    "without-metric-loss": Contender(
+        _changed(generator=True, metric_loss=False), "FedDyMem with memory generators that are not trained"
+    ),
+    "without-memory-reduce": Contender(_changed(memory_reduce=False), "FedDyMem with banks of patches drawn at random"),
+    "without-rounds": Contender(_changed(rounds=1), "FedDyMem in one round"),
 }
 """The methods that can be compared, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import math
 import resource
@@ -95,19 +96,39 @@ class Experiment:
     Attributes:
         data: the data set, as it was named.
         feature_space: of the patch features.
-        seeds: seeds of the method.
+        seeds: seeds of the method, and of the choice of images.
+        train_images: normal images of each site that were used; None for all.
         results: by the method's name; of those that are done.
     """
 
     data: str
     feature_space: FeatureSpace
     seeds: tuple[int, ...]
+    train_images: int | None
     results: dict[str, Result]
 
 
-def seeds_run(name: str, seeds: Sequence[int]) -> Sequence[int]:
-    """The seeds that a method runs with: only the first where it does not depend on it."""
-    return seeds if CONTENDERS[name].seeded else seeds[:1]
+def seeds_run(name: str, seeds: Sequence[int], train_images: int | None = None) -> Sequence[int]:
+    """The seeds that a method runs with: only the first where it does not depend on it.
+
+    Args:
+        name: one of CONTENDERS.
+        seeds: of the experiment.
+        train_images: see `drawn`; where images are drawn, every method depends on the seed.
+    """
+    return seeds if CONTENDERS[name].seeded or train_images is not None else seeds[:1]
+
+
+def drawn(sites: Sequence[SiteData], count: int | None, seed: int) -> tuple[SiteData, ...]:
+    """The sites as if they had fewer normal images: `count` of each site's, drawn at random; None for all."""
+    if count is None:
+        return tuple(sites)
+    rng = np.random.default_rng(seed)
+    chosen = [np.sort(rng.permutation(len(site.train))[:count]) for site in sites]
+    return tuple(
+        dataclasses.replace(site, train=tuple(site.train[number] for number in numbers))
+        for site, numbers in zip(sites, chosen, strict=True)
+    )
 
 
 def extract_all(sites: Sequence[SiteData], cache: FeatureCache, progress: Progress = no_progress) -> None:

@@ -20,22 +20,32 @@ class FeatureSpace:
     Attributes:
         backbone: timm model name.
         weights_sha256: hash of the backbone's parameters and buffers as loaded, hex.
-        reductions: input pixels per patch side of the feature maps used, finest first.
-        input_size: side of the square network input, in pixels.
+        layers: which of the backbone's feature maps are used: indices in timm's list, shallowest first.
+        reductions: input pixels per patch side of those feature maps.
+        input_size: side of the square that an image is stretched to, in pixels.
+        tile_size: side of the squares that the backbone sees at a time, in pixels; input_size for the whole image.
+        tile_overlap: how far neighbouring tiles overlap at least, in pixels; 0 for the whole image.
         mean: per channel (R, G, B), subtracted from pixel values 0..255.
         std: per channel (R, G, B), divisor after the mean.
-        pooling: side of the mean pooling over neighbouring patches, in patches; odd.
+        pooling: side of the mean pooling over neighbouring patches, whose outcome is added to each patch; odd.
+        context_weight: factor of that mean.
+        border_weight: factor of the outermost patches of the image.
         channels: length of a patch feature.
         grid: patches along one side of the image.
     """
 
     backbone: str
     weights_sha256: str
+    layers: tuple[int, ...]
     reductions: tuple[int, ...]
     input_size: int
+    tile_size: int
+    tile_overlap: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pooling: int
+    context_weight: float
+    border_weight: float
     channels: int
     grid: int
 
@@ -71,5 +81,5 @@ class FeatureSpace:
         raise FingerprintMismatchError(
             f"{mine} has fingerprint {self.fingerprint}, {theirs} has {other.fingerprint}; "
             f"they differ in {differences}. "
-            "Use the same backbone, weights, input size and preprocessing at every site."
+            "Use the same backbone, weights, input size, tiles and preprocessing at every site."
         )

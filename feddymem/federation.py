@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from feddymem.aggregate import Aggregation, aggregate
 from feddymem.generator import MemoryGenerator
+from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
 from feddymem.memory_reduce import Progress, no_progress
-from feddymem.method import Method
+from feddymem.method import ItemType, Method
 from feddymem.patches import PatchSource
+
+MEMORY_TYPE: ItemType = "float16"
+"""Element type of the global memory's items on the wire."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ def federate(
         for name, source in sorted(sites.items()):
             update = local_update(source, memory, generators[name], method, round_number, progress, device)
             generators[name] = update.generator
-            banks.append(update.bank)
+            banks.append(as_received(update.bank, method.item_type))
             bytes_sent[name] += (method.bank_bytes(len(update.bank), update.bank.channels),)
-        memory = next_memory(memory, banks, method).memory
+        memory = as_received(next_memory(memory, banks, method).memory, MEMORY_TYPE)
     assert memory is not None, "a method has at least one round"
     return FederatedMemory(memory=memory, generators=generators, bytes_sent=bytes_sent)

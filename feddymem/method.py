@@ -13,24 +13,26 @@ ItemType = Literal["float16", "uint8"]
 class Method(BaseModel):
     """How every site of a federation runs the method.
 
-    Each component can be switched off, for an ablation or where it does not help. The components are the paper's
-    (arXiv 2502.21012); sizes and defaults are ours, see docs/method.md.
+    Each component can be switched off. The memory generator is off until switched on: it did not improve detection.
+    The components are the paper's (arXiv 2502.21012); sizes and defaults are ours, see docs/method.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     generator: bool = Field(
-        default=True, description="pass patch features through a memory generator, trained at the site"
+        default=False, description="pass patch features through a memory generator, trained at the site"
     )
-    metric_loss: bool = Field(default=True, description="train the memory generator; without it, it stays the identity")
+    metric_loss: bool = Field(
+        default=True, description="train the memory generator, if there is one; without it, it stays the identity"
+    )
     memory_reduce: bool = Field(
         default=True, description="reduce the bank by weighted averages; without it, sample patches"
     )
-    bank_items: int = Field(default=784, ge=1, le=65_536, description="items of a site's reduced bank, at most")
-    memory_items: int = Field(default=2048, ge=1, le=1_048_576, description="items of the global memory, at most")
+    bank_items: int = Field(default=1568, ge=1, le=65_536, description="items of a site's reduced bank, at most")
+    memory_items: int = Field(default=8192, ge=1, le=1_048_576, description="items of the global memory, at most")
     rounds: int = Field(default=2, ge=1, le=1_000, description="rounds until the federation is done; 1 is one shot")
     weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")
-    item_type: ItemType = Field(default="float16", description="element type of bank items on the wire")
+    item_type: ItemType = Field(default="uint8", description="element type of bank items on the wire")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random choice at sites and aggregator")
 
     def bank_bytes(self, items: int, channels: int) -> int:

@@ -21,8 +21,8 @@ from feddymem.memory_reduce import nearest_items
 
 _TOP_PATCHES = 5
 """The image score is the mean of this many largest patch distances (ours): one patch alone is noisy."""
-_BLUR_SIGMA_PATCHES = 0.5
-"""Gaussian smoothing of the anomaly map, in patches: 4 pixels at 8 pixels a patch, PatchCore's value."""
+_BLUR_SIGMA_PATCHES = 0.75
+"""Gaussian smoothing of the anomaly map, in patches (ours, docs/method.md)."""
 _FULL_SCALE = 4.0
 """A heatmap's upper end, in typical distances of normal patches."""
 

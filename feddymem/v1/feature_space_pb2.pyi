@@ -36,6 +36,11 @@ class FeatureSpace(_message.Message):
     POOLING_FIELD_NUMBER: _builtins.int
     CHANNELS_FIELD_NUMBER: _builtins.int
     GRID_FIELD_NUMBER: _builtins.int
+    CONTEXT_WEIGHT_FIELD_NUMBER: _builtins.int
+    BORDER_WEIGHT_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    TILE_SIZE_FIELD_NUMBER: _builtins.int
+    TILE_OVERLAP_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """SHA-256, in hex, of the canonical form of all fields below; 64 characters."""
     backbone: _builtins.str
@@ -43,16 +48,24 @@ class FeatureSpace(_message.Message):
     weights_sha256: _builtins.str
     """SHA-256, in hex, of the backbone's parameters and buffers as loaded."""
     input_size: _builtins.int
-    """Side of the square network input, in pixels."""
+    """Side of the square that an image is stretched to, in pixels."""
     pooling: _builtins.int
-    """Side of the mean pooling over neighbouring patches, in patches; odd."""
+    """Side of the mean pooling over neighbouring patches, whose outcome is added to each patch, in patches; odd."""
     channels: _builtins.int
     """Length of a patch feature."""
     grid: _builtins.int
     """Patches along one side of the image's square grid."""
+    context_weight: _builtins.float
+    """Factor of that mean."""
+    border_weight: _builtins.float
+    """Factor of the features of the image's outermost patches."""
+    tile_size: _builtins.int
+    """Side of the squares that the backbone sees at a time, in pixels; input_size for the whole image."""
+    tile_overlap: _builtins.int
+    """How far neighbouring tiles overlap at least, in pixels; 0 for the whole image."""
     @_builtins.property
     def reductions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Reductions (input pixels per patch, one side) of the feature maps used, finest first, e.g. [8, 16]."""
+        """Reductions (input pixels per patch, one side) of the feature maps used, e.g. [8, 16]."""
 
     @_builtins.property
     def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -61,6 +74,10 @@ class FeatureSpace(_message.Message):
     @_builtins.property
     def std(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Per-channel (R, G, B) divisor applied after the mean, in pixel values 0..255."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which of the backbone's feature maps are used: indices in timm's list, shallowest first."""
 
     def __init__(
         self,
@@ -75,10 +92,15 @@ class FeatureSpace(_message.Message):
         pooling: _builtins.int = ...,
         channels: _builtins.int = ...,
         grid: _builtins.int = ...,
+        context_weight: _builtins.float = ...,
+        border_weight: _builtins.float = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        tile_size: _builtins.int = ...,
+        tile_overlap: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "channels", b"channels", "fingerprint", b"fingerprint", "grid", b"grid", "input_size", b"input_size", "mean", b"mean", "pooling", b"pooling", "reductions", b"reductions", "std", b"std", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "border_weight", b"border_weight", "channels", b"channels", "context_weight", b"context_weight", "fingerprint", b"fingerprint", "grid", b"grid", "input_size", b"input_size", "layers", b"layers", "mean", b"mean", "pooling", b"pooling", "reductions", b"reductions", "std", b"std", "tile_overlap", b"tile_overlap", "tile_size", b"tile_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

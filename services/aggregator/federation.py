@@ -14,7 +14,7 @@ import numpy as np
 import feddymem
 from feddymem.aggregate import Aggregation
 from feddymem.feature_space import FeatureSpace
-from feddymem.federation import next_memory
+from feddymem.federation import MEMORY_TYPE, next_memory
 from feddymem.memory import InvalidBankError, MemoryBank
 from feddymem.names import NAME_PATTERN, NAME_RULE
 from feddymem.v1 import feature_space_pb2
@@ -270,7 +270,7 @@ class Federation:
 
     def _make_release(self, number: int, banks: dict[str, AcceptedBank]) -> Release:
         merged = self._merge(banks)
-        wire = bank_to_wire(merged.memory, "float16")
+        wire = bank_to_wire(merged.memory, MEMORY_TYPE)
         for array in wire:
             self._arrays.put(array.manifest.sha256, array.data)
         items = [next(a for a in bank.header.arrays if a.name == "items") for bank in banks.values()]

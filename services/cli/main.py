@@ -111,19 +111,27 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.html and report.md.")],
     methods: Annotated[str, typer.Option(help="Names separated by commas; without it, all.")] = "",
     seeds: Annotated[str, typer.Option(help="Separated by commas (0,1,2), or their number (3).")] = "0",
+    train_images: Annotated[
+        int | None, typer.Option(min=1, help="Normal images of each site to use, drawn by the seed; without it, all.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps patch features, up to 4 GiB; without it, the user's cache.")
     ] = None,
     backbone: Annotated[str, typer.Option(help="timm model; without it, the embedded one.")] = "",
     checkpoint: Annotated[Path | None, typer.Option(help="The backbone's weights as safetensors.")] = None,
-    input_size: Annotated[int, typer.Option(help="Side of the network input in pixels, a multiple of 16.")] = 224,
+    input_size: Annotated[int, typer.Option(help="Side of the square that images are stretched to, in pixels.")] = 224,
+    tile_size: Annotated[
+        int | None, typer.Option(help="Side of the tiles that the network sees; without it, the whole image.")
+    ] = None,
+    tile_overlap: Annotated[int, typer.Option(help="How far tiles overlap at least, in pixels.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Compare methods on a data set, in this process, and write a report."""
     from services.evaluate.main import Backbone
     from services.evaluate.main import evaluate as run
 
-    raise typer.Exit(run(data, out, methods, seeds, cache, Backbone(backbone, checkpoint, input_size, device)))
+    chosen = Backbone(backbone, checkpoint, input_size, tile_size, tile_overlap, device)
+    raise typer.Exit(run(data, out, methods, seeds, train_images, cache, chosen))
 
 
 def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:

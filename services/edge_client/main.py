@@ -59,7 +59,13 @@ async def _take_part(
     progress: Progress,
 ) -> None:
     extractor = await asyncio.to_thread(
-        load_extractor, settings.backbone, settings.checkpoint, settings.input_size, device
+        load_extractor,
+        settings.backbone,
+        settings.checkpoint,
+        settings.input_size,
+        settings.tile_size,
+        settings.tile_overlap,
+        device,
     )
     extraction = await asyncio.to_thread(_extract, settings, extractor, state, progress)
     async with open_channel(settings.aggregator) as channel:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from feddymem.backbone import EMBEDDED_BACKBONE
 from feddymem.images import MAX_PIXELS
+from feddymem.network import EMBEDDED_BACKBONE
 from services.runtime.settings import Address, ClientSettings, Name
 
 
@@ -26,8 +26,12 @@ class EdgeClientSettings(ClientSettings):
     data: Path = Field(description="folder with this site's normal images, searched at any depth")
     backbone: str = Field(default=EMBEDDED_BACKBONE, description="timm model name")
     input_size: int = Field(
-        default=224, ge=32, le=4096, multiple_of=16, description="side of the network input, in pixels"
+        default=224, ge=28, le=8192, description="side of the square that images are stretched to, in pixels"
     )
+    tile_size: int | None = Field(
+        default=None, ge=28, description="side of the tiles that the network sees, in pixels; none: the whole image"
+    )
+    tile_overlap: int = Field(default=64, ge=0, description="how far tiles overlap at least, in pixels")
     batch_size: int = Field(default=8, ge=1, le=4096, description="images per pass of the backbone")
     max_pixels: int = Field(
         default=MAX_PIXELS, ge=1, description="largest image read, in pixels; larger ones are skipped"

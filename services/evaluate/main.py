@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from feddymem.backbone import EMBEDDED_BACKBONE, FeatureExtractor, load_extractor
+from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.comparison import CONTENDERS
 from feddymem.datasets import DatasetError, SiteData, load_sites
-from feddymem.experiment import Experiment, Result, extract_all, run, seeds_run
+from feddymem.experiment import Experiment, Result, drawn, extract_all, run, seeds_run
 from feddymem.feature_cache import FeatureCache, default_folder
 from feddymem.images import ImageError
 from feddymem.memory_reduce import Progress as Report
 from feddymem.method import Method
+from feddymem.network import EMBEDDED_BACKBONE
 from services.cli.exit_codes import FAILED, OK, USAGE
 from services.evaluate.report import COLUMNS, cells, write_report
 from services.runtime.hardware import configure_hardware
@@ -40,13 +41,17 @@ class Backbone:
     Attributes:
         name: timm model; "" for the embedded one.
         checkpoint: its weights; None for those that come with it.
-        input_size: side of the network input in pixels.
+        input_size: side of the square that images are stretched to, in pixels.
+        tile_size: side of the tiles that the network sees, in pixels; None for the whole image.
+        tile_overlap: how far tiles overlap at least, in pixels.
         device: "cpu", "cuda" or "auto".
     """
 
     name: str
     checkpoint: Path | None
     input_size: int
+    tile_size: int | None
+    tile_overlap: int
     device: str
 
     def load(self) -> FeatureExtractor:
@@ -56,12 +61,27 @@ class Backbone:
             InvalidChoiceError: a name, checkpoint, size or device that cannot be.
         """
         try:
-            return load_extractor(self.name or EMBEDDED_BACKBONE, self.checkpoint, self.input_size, self.device)
+            return load_extractor(
+                self.name or EMBEDDED_BACKBONE,
+                self.checkpoint,
+                self.input_size,
+                self.tile_size,
+                self.tile_overlap,
+                self.device,
+            )
         except (ValueError, FileNotFoundError) as error:
             raise InvalidChoiceError(str(error)) from error
 
 
-def evaluate(data: Path, out: Path, methods: str, seeds: str, cache: Path | None, backbone: Backbone) -> int:
+def evaluate(
+    data: Path,
+    out: Path,
+    methods: str,
+    seeds: str,
+    train_images: int | None,
+    cache: Path | None,
+    backbone: Backbone,
+) -> int:
     """Runs the evaluation; the exit code. An interruption is raised, and leaves the report of the methods done."""
     signal.signal(signal.SIGTERM, _interrupt)
     configure_hardware(None)
@@ -72,8 +92,8 @@ def evaluate(data: Path, out: Path, methods: str, seeds: str, cache: Path | None
         extractor = backbone.load()
         features = FeatureCache(cache or default_folder(), extractor)
         out.mkdir(parents=True, exist_ok=True)  # before hours of work, should it not be possible
-        for results in _results(sites, names, numbers, features, console):
-            experiment = Experiment(str(data), extractor.feature_space, numbers, results)
+        for results in _results(sites, names, numbers, train_images, features, console):
+            experiment = Experiment(str(data), extractor.feature_space, numbers, train_images, results)
             write_report(experiment, out)
     except (InvalidChoiceError, DatasetError, ImageError, OSError) as error:
         console.print(f"feddymem evaluate: {error}", markup=False)
@@ -127,7 +147,12 @@ def _load(data: Path) -> tuple[SiteData, ...]:
 
 
 def _results(
-    sites: tuple[SiteData, ...], names: tuple[str, ...], seeds: tuple[int, ...], cache: FeatureCache, console: Console
+    sites: tuple[SiteData, ...],
+    names: tuple[str, ...],
+    seeds: tuple[int, ...],
+    train_images: int | None,
+    cache: FeatureCache,
+    console: Console,
 ) -> Iterator[dict[str, Result]]:
     """Results of the methods done so far, whenever one more is; with a bar for all runs and one for the step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -135,11 +160,11 @@ def _results(
     with Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=_SPEED_SECONDS) as bars:
         show = _step(bars)
         extract_all(sites, cache, show)
-        overall = bars.add_task("runs", total=sum(len(seeds_run(name, seeds)) for name in names))
+        overall = bars.add_task("runs", total=sum(len(seeds_run(name, seeds, train_images)) for name in names))
         for name in names:
             runs = []
-            for seed in seeds_run(name, seeds):
-                runs.append(run(sites, name, Method(seed=seed), cache, show))
+            for seed in seeds_run(name, seeds, train_images):
+                runs.append(run(drawn(sites, train_images, seed), name, Method(seed=seed), cache, show))
                 bars.advance(overall)
                 auroc, seconds = runs[-1].mean["image_auroc"], runs[-1].mean["seconds"]
                 console.print(f"{name}, seed {seed}: image AUROC {auroc:.3f}, {seconds:.0f} s", highlight=False)

@@ -49,6 +49,7 @@ def as_json(experiment: Experiment) -> dict[str, object]:
     return {
         "data": experiment.data,
         "seeds": list(experiment.seeds),
+        "train_images": experiment.train_images,
         "fingerprint": experiment.feature_space.fingerprint,
         "feature_space": asdict(experiment.feature_space),
         "methods": {

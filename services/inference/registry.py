@@ -214,7 +214,12 @@ class Registry:
         space = feature_space_from_message(memory.feature_space)
         if space.fingerprint not in self._extractors:
             extractor = load_extractor(
-                space.backbone, self._settings.checkpoint, space.input_size, resolve_device(self._settings.device)
+                space.backbone,
+                self._settings.checkpoint,
+                space.input_size,
+                space.tile_size,
+                space.tile_overlap,
+                resolve_device(self._settings.device),
             )
             extractor.feature_space.require_same(
                 space, "this service's backbone", f"the release of federation {memory.federation!r}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from feddymem.item_types import Quantised, quantise
 from feddymem.memory import FloatArray, InvalidBankError, MemoryBank
 from feddymem.method import ItemType
 from feddymem.v1.array_pb2 import (
@@ -55,7 +56,9 @@ def encode(name: str, values: FloatArray, data_type: DataType.ValueType = DATA_T
     """
     quantisation = None
     if data_type == DATA_TYPE_UINT8:
-        stored, quantisation = _quantise(values)
+        quantised = quantise(values)
+        stored: NDArray[np.generic] = quantised.steps
+        quantisation = Quantisation(scale=quantised.scale.tolist(), offset=quantised.offset.tolist())
     else:
         with np.errstate(over="ignore"):
             stored = values.astype(_DTYPES[data_type])
@@ -81,12 +84,11 @@ def decode(manifest: Array, data: bytes) -> FloatArray:
     """
     if hashlib.sha256(data).digest() != manifest.sha256:
         raise data_loss(f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again")
-    values = np.frombuffer(data, _DTYPES[manifest.data_type]).reshape(tuple(manifest.shape)).astype(np.float32)
+    stored = np.frombuffer(data, _DTYPES[manifest.data_type]).reshape(tuple(manifest.shape))
     if manifest.data_type == DATA_TYPE_UINT8:
         scale, offset = (np.array(v, np.float32) for v in (manifest.quantisation.scale, manifest.quantisation.offset))
-        with np.errstate(over="ignore"):  # too large becomes infinite, which whoever takes the values refuses
-            values = values * scale + offset
-    return values
+        return Quantised(stored, scale, offset).values
+    return stored.astype(np.float32)
 
 
 def check_manifest(manifest: Array, max_bytes: int) -> None:
@@ -151,15 +153,6 @@ def check_chunk(chunk: ArrayChunk) -> None:
         raise invalid(f"chunk at offset {chunk.offset} has {len(chunk.data)} bytes; expected 1 to {MAX_CHUNK_BYTES}")
     if zlib.crc32(chunk.data) != chunk.crc32:
         raise data_loss(f"chunk at offset {chunk.offset} has a bad CRC-32; send it again")
-
-
-def _quantise(values: FloatArray) -> tuple[NDArray[np.uint8], Quantisation]:
-    flat = values.reshape(-1, values.shape[-1])
-    offset = flat.min(0)
-    scale = (flat.max(0) - offset) / 255
-    steps = np.divide(flat - offset, scale, out=np.zeros_like(flat), where=scale > 0)
-    stored = np.clip(np.rint(steps), 0, 255).astype(np.uint8).reshape(values.shape)
-    return stored, Quantisation(scale=scale.tolist(), offset=offset.tolist())
 
 
 def _check_quantisation(manifest: Array, columns: int) -> None:

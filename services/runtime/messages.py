@@ -32,11 +32,16 @@ def feature_space_from_message(message: feature_space_pb2.FeatureSpace) -> Featu
     space = FeatureSpace(
         backbone=message.backbone,
         weights_sha256=message.weights_sha256,
+        layers=tuple(message.layers),
         reductions=tuple(message.reductions),
         input_size=message.input_size,
+        tile_size=message.tile_size,
+        tile_overlap=message.tile_overlap,
         mean=(message.mean[0], message.mean[1], message.mean[2]),
         std=(message.std[0], message.std[1], message.std[2]),
         pooling=message.pooling,
+        context_weight=message.context_weight,
+        border_weight=message.border_weight,
         channels=message.channels,
         grid=message.grid,
     )

@@ -15,17 +15,18 @@ from skimage import data
 from torch import Tensor, nn
 from torch.nn import functional
 
-from feddymem import backbone
-from feddymem.backbone import EMBEDDED_BACKBONE, FeatureExtractor, load_extractor, resolve_device
+from feddymem import network
+from feddymem.backbone import FeatureExtractor, load_extractor, resolve_device
 from feddymem.feature_space import FeatureSpace
 from feddymem.images import from_raw
+from feddymem.network import EMBEDDED_BACKBONE
 
 ESPRESSO, CATS, MISSILE = {967}, {281, 282, 283, 284, 285}, {657}
 
 
 @pytest.fixture(scope="module")
 def embedded() -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in backbone._embedded_state().items()}
+    return {name: tensor.contiguous() for name, tensor in network._embedded_state().items()}
 
 
 @pytest.fixture
@@ -74,12 +75,14 @@ def test_the_default_feature_space_is_the_documented_one(extractor: FeatureExtra
     space = extractor.feature_space
     assert (space.backbone, space.reductions, space.input_size) == ("tf_efficientnet_lite0", (8, 16), 224)
     assert (space.mean, space.std) == ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
-    assert (space.channels, space.grid, space.pooling) == (152, 28, 3)
+    assert (space.channels, space.grid, space.layers) == (152, 28, (2, 3))
+    assert (space.tile_size, space.tile_overlap) == (224, 0)
+    assert (space.pooling, space.context_weight, space.border_weight) == (11, 1.25, 0.6875)
 
 
 def test_the_default_fingerprint_is_that_of_earlier_versions(extractor: FeatureExtractor) -> None:
     """Kept banks and releases carry it: changing the default feature space orphans them."""
-    assert extractor.feature_space.fingerprint == "d37fdd82cb1cee6d4d197d034e4fc3003188c3dc30b18c26f68a867531babd29"
+    assert extractor.feature_space.fingerprint == "1549be92c45ff3dbcf1a54e2a23f51825662bbf433385a9f821b687c17556b4f"
 
 
 def test_features_have_the_shape_of_the_feature_space(extractor: FeatureExtractor) -> None:
@@ -144,25 +147,46 @@ def test_raw_pixels_can_be_prepared(extractor: FeatureExtractor, channels: int, 
     torch.testing.assert_close(extractor.prepare(raw), torch.full((3, 224, 224), -127 / 128))
 
 
-def test_feature_maps_are_joined_on_the_finer_grid_and_mean_pooled_with_zeros_around() -> None:
+def doubled(maps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(channels, side, side) at twice the side, interpolated between the centres of patches."""
+    side = maps.shape[1]
+    centres = (np.arange(2 * side) + 0.5) / 2 - 0.5
+    for axis in (1, 2):
+        maps = np.apply_along_axis(lambda line: np.interp(centres, np.arange(side), line), axis, maps)
+    return maps
+
+
+@pytest.mark.parametrize(("pooling", "channels"), [(1, 6), (3, 6), (5, 7), (11, 6)])
+def test_a_feature_is_a_patch_and_the_mean_of_its_neighbours_in_turned_channels(pooling: int, channels: int) -> None:
     rng = np.random.default_rng(0)
-    fine, coarse = rng.normal(size=(4, 6, 6)), np.full((2, 3, 3), 5.0)
+    fine, coarse = rng.normal(size=(4, 6, 6)), rng.normal(size=(channels - 4, 3, 3))
     space = FeatureSpace(
         backbone="none",
         weights_sha256="",
+        layers=(2, 3),
         reductions=(8, 16),
         input_size=48,
+        tile_size=48,
+        tile_overlap=0,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        pooling=3,
-        channels=6,
+        pooling=pooling,
+        context_weight=1.25,
+        border_weight=0.6875,
+        channels=channels,
         grid=6,
     )
     network = Maps(*(torch.from_numpy(m[None]).float() for m in (fine, coarse)))
     features = FeatureExtractor(network, space)(torch.zeros(2, 3, 48, 48)).numpy()
-    padded = np.pad(np.concatenate([fine, np.full((2, 6, 6), 5.0)]), ((0, 0), (1, 1), (1, 1)))
-    pooled = np.stack([[padded[:, r : r + 3, c : c + 3].mean((1, 2)) for c in range(6)] for r in range(6)])
-    np.testing.assert_allclose(features, np.broadcast_to(pooled.reshape(36, 6), (2, 36, 6)), rtol=1e-5, atol=1e-6)
+
+    maps, reach = np.concatenate([fine, doubled(coarse)]), pooling // 2
+    expected = np.zeros((6 * 6, channels))
+    for row, column, channel in np.ndindex(6, 6, channels):
+        neighbours = maps[:, max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+        context = neighbours.mean((1, 2))[(channel - channels // 2) % channels]
+        feature = maps[channel, row, column] + 1.25 * (-1) ** channel * context
+        expected[6 * row + column, channel] = feature * (0.6875 if {row, column} & {0, 5} else 1)
+    np.testing.assert_allclose(features, np.broadcast_to(expected, (2, 36, channels)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_weights_in_a_checkpoint_give_the_same_feature_space(
@@ -210,11 +234,9 @@ def test_an_unknown_backbone_is_refused() -> None:
         load_extractor("efficientnet_liteo", device="cpu")
 
 
-def test_a_backbone_without_the_needed_feature_maps_is_refused(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "weights.safetensors"
-    save_file({}, checkpoint)
-    with pytest.raises(ValueError, match=r"'vit_tiny_patch16_224' has feature maps of reductions .*; \[8\] are needed"):
-        load_extractor("vit_tiny_patch16_224", checkpoint, device="cpu")
+def test_a_backbone_without_the_needed_feature_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'levit_128s' has feature maps of reductions .*; \[8\] are needed"):
+        load_extractor("levit_128s", device="cpu")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -41,6 +41,32 @@ def test_every_method_gives_every_site_a_detector_and_the_same_again(name: str, 
         np.testing.assert_array_equal(detector.memory.items, second[site].memory.items)
 
 
+@pytest.mark.parametrize(
+    ("name", "made", "trained"),
+    [
+        ("feddymem", False, False),
+        ("local", False, False),
+        ("without-generator", False, False),
+        ("with-generator", True, True),
+        ("without-metric-loss", True, False),
+    ],
+)
+def test_memory_generators_are_made_and_trained_where_a_method_has_them(
+    name: str, made: bool, trained: bool, sites: Sites
+) -> None:
+    for detector in CONTENDERS[name].detectors(sites, METHOD, no_progress, "cpu").values():
+        assert (detector.generator is not None) == made
+        if detector.generator is not None:
+            assert bool(detector.generator.outer.weight.any()) == trained
+
+
+def test_without_generator_there_is_none_although_the_method_has_them(sites: Sites) -> None:
+    method = METHOD.model_copy(update={"generator": True})
+    detectors = CONTENDERS["without-generator"].detectors(sites, method, no_progress, "cpu")
+    assert [detector.generator for detector in detectors.values()] == [None, None]
+    assert all(detector.generator is not None for detector in alone(sites, method).values())
+
+
 @pytest.mark.parametrize("name", [name for name, contender in CONTENDERS.items() if not contender.seeded])
 def test_a_method_said_not_to_depend_on_the_seed_does_not(name: str, sites: Sites) -> None:
     first, second = (
@@ -64,12 +90,12 @@ def test_a_federation_counts_the_bytes_of_every_round(sites: Sites) -> None:
     assert sent[0] == METHOD.bank_bytes(METHOD.bank_items, CHANNELS)
 
 
-def test_a_site_alone_fills_the_global_memory_with_its_own_patches(sites: Sites) -> None:
+def test_a_site_alone_keeps_as_many_of_its_own_patches_as_it_would_send(sites: Sites) -> None:
     detectors = alone(sites, METHOD)
     for name, detector in detectors.items():
         other = alone({name: sites[name]}, METHOD)[name]
         np.testing.assert_array_equal(detector.memory.items, other.memory.items)
-        assert METHOD.bank_items < len(detector.memory) <= METHOD.memory_items
+        assert METHOD.bank_items < len(detector.memory) <= METHOD.rounds * METHOD.bank_items
 
 
 @pytest.mark.parametrize("block", [10**6, 50])

@@ -13,7 +13,7 @@ import pytest
 from feddymem.backbone import FeatureExtractor
 from feddymem.comparison import CONTENDERS
 from feddymem.datasets import SiteData, load_sites
-from feddymem.experiment import METRICS, Experiment, Figures, Result, Run, extract_all, run, seeds_run
+from feddymem.experiment import METRICS, Experiment, Figures, Result, Run, drawn, extract_all, run, seeds_run
 from feddymem.feature_cache import FeatureCache
 from feddymem.method import Method
 from services.evaluate.main import InvalidChoiceError, parse_methods, parse_seeds
@@ -84,6 +84,21 @@ def test_methods_without_a_seed_run_once() -> None:
     assert [seeds_run(name, (3, 4)) for name in ("local", "pooled")] == [(3, 4), (3,)]
 
 
+def test_images_are_drawn_by_the_seed_and_all_kept_without_a_number(sites: tuple[SiteData, ...]) -> None:
+    fewer, again, others = (drawn(sites, 2, seed) for seed in (0, 0, 1))
+    assert drawn(sites, None, 0) == sites
+    assert fewer == again != others
+    for site, whole in zip(fewer, sites, strict=True):
+        assert len(site.train) == 2
+        assert set(site.train) < set(whole.train)
+        assert site.test == whole.test
+    assert drawn(sites, 10_000, 0) == sites
+
+
+def test_where_images_are_drawn_every_method_runs_with_every_seed() -> None:
+    assert seeds_run("pooled", (0, 1, 2), train_images=8) == (0, 1, 2)
+
+
 def figures(value: float) -> Figures:
     return dict.fromkeys(METRICS, value)
 
@@ -107,7 +122,7 @@ def experiment(small: FeatureExtractor) -> Experiment:
         "feddymem": Result((Run({"a": known, "b": unknown}), Run({"a": known, "b": known}))),
         "pooled": Result((Run({"a": unknown, "b": unknown}),)),
     }
-    return Experiment("<parts>", small.feature_space, (0, 1), results)
+    return Experiment("<parts>", small.feature_space, (0, 1), None, results)
 
 
 def test_the_json_report_has_a_value_for_every_figure_and_null_for_what_is_not_known(experiment: Experiment) -> None:

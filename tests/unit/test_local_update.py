@@ -20,7 +20,7 @@ from feddymem.method import Method
 from feddymem.patches import PatchArray
 
 GRID, CHANNELS = 4, 8
-METHOD = Method(bank_items=24, memory_items=48)
+METHOD = Method(generator=True, bank_items=24, memory_items=48)
 
 
 def features(images: int = 12, seed: int = 0) -> NDArray[np.float32]:

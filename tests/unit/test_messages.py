@@ -27,11 +27,16 @@ from services.runtime.messages import (
 SPACE = FeatureSpace(
     backbone="resnet18",
     weights_sha256="ab" * 32,
+    layers=(2, 3),
     reductions=(8, 16),
     input_size=64,
+    tile_size=64,
+    tile_overlap=0,
     mean=(123.0, 116.5, float(np.float32(0.406 * 255))),
     std=(58.0, 57.0, float(np.float32(0.225 * 255))),
     pooling=3,
+    context_weight=1.25,
+    border_weight=0.6875,
     channels=6,
     grid=4,
 )

@@ -65,7 +65,9 @@ def test_what_is_not_set_has_its_default(service: type[ServiceSettings], tmp_pat
         *[(service, "device", "cpu", "auto", "cuda") for service in (EdgeClientSettings, InferenceSettings)],
         *[(service, "aggregator", "a:1", "b:2", "c:3") for service in (EdgeClientSettings, InferenceSettings)],
         (EdgeClientSettings, "site", "one", "two", "three"),
-        (EdgeClientSettings, "input_size", 32, "64", "96"),
+        (EdgeClientSettings, "input_size", 28, "225", "8192"),
+        (EdgeClientSettings, "tile_size", 28, "224", "518"),
+        (EdgeClientSettings, "tile_overlap", 0, "32", "64"),
         (EdgeClientSettings, "batch_size", 1, "2", "3"),
         (InferenceSettings, "max_batch", 1, "2", "3"),
         (InferenceSettings, "queue_size", 1, "2", "3"),
@@ -132,7 +134,7 @@ def test_a_missing_setting_is_named(service: type[ServiceSettings], key: str, tm
 
 
 def test_everything_that_is_wrong_is_named_at_once() -> None:
-    text = failure(EdgeClientSettings, ["--site", "a", "--batch-size", "none", "--input-size", "33"])
+    text = failure(EdgeClientSettings, ["--site", "a", "--batch-size", "none", "--input-size", "27"])
     for key in ("aggregator", "federation", "data", "batch_size", "input_size"):
         assert f"{key}: " in text
 
@@ -154,8 +156,11 @@ def test_everything_that_is_wrong_is_named_at_once() -> None:
         (InferenceSettings, "queue_size", 0),
         (InferenceSettings, "max_pixels", 0),
         (InferenceSettings, "max_request_bytes", 2**31),
-        (EdgeClientSettings, "input_size", 225),
-        (EdgeClientSettings, "input_size", 16),
+        (EdgeClientSettings, "input_size", 27),
+        (EdgeClientSettings, "input_size", 8193),
+        (EdgeClientSettings, "tile_size", 27),
+        (EdgeClientSettings, "tile_size", "whole"),
+        (EdgeClientSettings, "tile_overlap", -1),
         (EdgeClientSettings, "batch_size", 0),
         (EdgeClientSettings, "site", "a site"),
         (EdgeClientSettings, "site", "../a"),
@@ -256,7 +261,7 @@ def test_federations_are_nested(tmp_path: Path) -> None:
     }
     found = federations(file_with(tmp_path, {"federations": content}))
     assert (found["magtile"]["quorum"], found["magtile"]["sites"]) == (3, ("a", "b"))
-    assert (found["magtile"]["method"]["rounds"], found["magtile"]["method"]["bank_items"]) == (5, 784)
+    assert (found["magtile"]["method"]["rounds"], found["magtile"]["method"]["bank_items"]) == (5, 1568)
     assert (found["brain"]["round_deadline_seconds"], found["brain"]["quorum"]) == (60, 2)
 
 
