@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -13,9 +14,13 @@ import yaml
 from feddymem.client import InspectionClient
 from feddymem.datasets import SiteData, load_sites
 from feddymem.synthetic import write_products
+from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
+from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
 from services.demo.processes import Fleet, RunningService
 
 StartAggregator = Callable[..., RunningService]
+
+TIMEOUT_SECONDS = 30
 
 
 @pytest.fixture
@@ -87,6 +92,20 @@ def serves(inference: RunningService, site: SiteData, release: int) -> bool:
         except grpc.RpcError as error:
             assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)  # noqa: PT017
             return False
+
+
+def published(service: RunningService) -> tuple[Release, list[tuple[Any, bytes]]]:
+    """The release that a service publishes, and its arrays: manifest and bytes of each."""
+    with grpc.insecure_channel(service.grpc) as channel:
+        stub = ReleaseServiceStub(channel)
+        stream = stub.WatchReleases(WatchReleasesRequest(), timeout=TIMEOUT_SECONDS)
+        release = next(stream).release
+        stream.cancel()
+        arrays = []
+        for array in release.arrays:
+            pieces = stub.DownloadArray(DownloadArrayRequest(sha256=array.sha256), timeout=TIMEOUT_SECONDS)
+            arrays.append((array, b"".join(piece.chunk.data for piece in pieces)))
+        return release, arrays
 
 
 @pytest.fixture(scope="session")

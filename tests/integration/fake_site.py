@@ -12,6 +12,7 @@ import numpy as np
 
 from feddymem.feature_space import FeatureSpace
 from feddymem.memory import MemoryBank
+from feddymem.method import ItemType
 from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
 from feddymem.v1.federation_pb2 import (
     BankHeader,
@@ -28,11 +29,16 @@ from services.runtime.messages import feature_space_to_message
 SPACE = FeatureSpace(
     backbone="tf_efficientnet_lite0",
     weights_sha256="0" * 64,
+    layers=(2, 3),
     reductions=(8, 16),
     input_size=32,
+    tile_size=32,
+    tile_overlap=0,
     mean=(127.0, 127.0, 127.0),
     std=(128.0, 128.0, 128.0),
     pooling=3,
+    context_weight=1.25,
+    border_weight=0.6875,
     channels=16,
     grid=4,
 )
@@ -101,9 +107,11 @@ class FakeSite:
             arrays=[array.manifest for array in arrays],
         )
 
-    def upload(self, bank: MemoryBank, round_number: int = 1) -> list[UploadBankResponse]:
+    def upload(
+        self, bank: MemoryBank, round_number: int = 1, item_type: ItemType = "float16"
+    ) -> list[UploadBankResponse]:
         """Uploads a bank as an honest edge client does."""
-        arrays = bank_to_wire(bank, "float16")
+        arrays = bank_to_wire(bank, item_type)
         return self.send(self.header(arrays, round_number), arrays)
 
     def send(self, header: BankHeader, arrays: Iterable[WireArray]) -> list[UploadBankResponse]:

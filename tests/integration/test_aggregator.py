@@ -30,9 +30,7 @@ from services.runtime.messages import feature_space_to_message
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import SPACE, TIMEOUT_SECONDS, FakeSite, make_bank
 
-METHOD = {"bank_items": 30, "memory_items": 32, "rounds": 2}
-
-
+METHOD = {"generator": True, "bank_items": 30, "memory_items": 32, "rounds": 2, "item_type": "float16"}
 FEDERATIONS = [f"parts-{number:02}" for number in range(20)]
 
 
@@ -133,15 +131,22 @@ def test_unknown_federation_and_unlisted_site_are_refused_by_name(channel: grpc.
     assert code == grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input_size": 64}, "input_size: 32 against 64"),
+        ({"tile_size": 16, "tile_overlap": 8}, "tile_size: 32 against 16; tile_overlap: 0 against 8"),
+    ],
+)
 def test_another_fingerprint_is_refused_before_data_moves_and_says_what_differs(
-    sites: tuple[FakeSite, FakeSite],
+    sites: tuple[FakeSite, FakeSite], changes: dict[str, Any], said: str
 ) -> None:
-    stranger = sites[1].with_space(input_size=64)
+    stranger = sites[1].with_space(**changes)
     code, text = refused(stranger.join)
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert SPACE.fingerprint in text
-    assert dataclasses.replace(SPACE, input_size=64).fingerprint in text
-    assert "input_size: 32 against 64" in text
+    assert stranger.space.fingerprint in text
+    assert said in text
     code, text = refused(lambda: stranger.upload(make_bank()))
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert SPACE.fingerprint in text
@@ -336,7 +341,8 @@ def test_several_federations_do_not_mix(fleet: Fleet, tmp_path: Any) -> None:
         for site in (parts, scans):
             site.join()
             site.wait_for(PHASE_OPEN, 1)
-        parts.upload(make_bank(1))
+        parts.upload(make_bank(1), item_type="uint8")
         parts.wait_for(PHASE_DONE, 1)
+        assert not current_release(parts).needs_generator
         status = scans.rounds.GetStatus(GetStatusRequest(federation="scans"), timeout=TIMEOUT_SECONDS).federations[0]
         assert (status.phase, status.release) == (PHASE_OPEN, 0)

@@ -26,7 +26,7 @@ from services.demo.processes import Fleet, RunningService
 from tests.integration.conftest import StartAggregator, System, edge_flags, inference_flags, serves
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-METHOD = {"bank_items": 60, "memory_items": 100, "rounds": 2}
+METHOD = {"generator": True, "bank_items": 60, "memory_items": 100, "rounds": 2}
 TIMEOUT_SECONDS = 60
 
 
@@ -261,13 +261,15 @@ def test_an_overloaded_queue_refuses_with_a_hint_and_serves_the_rest(system: Sys
     assert serves(inference, site, 2)
 
 
+@pytest.mark.parametrize("generator", [True, False])
 def test_a_release_is_swapped_in_under_load_without_a_failed_request(
-    fleet: Fleet, start_aggregator: StartAggregator, products: dict[str, SiteData]
+    fleet: Fleet, start_aggregator: StartAggregator, products: dict[str, SiteData], generator: bool
 ) -> None:
-    aggregator = start_aggregator(quorum=1, method={**METHOD, "rounds": 4})
+    """Without memory generators the inference service needs no edge client."""
+    aggregator = start_aggregator(quorum=1, method={**METHOD, "generator": generator, "rounds": 4})
     site = products["dim-hall"]
     edge = fleet.start("edge", "edge", *edge_flags(aggregator, site))
-    inference = fleet.start("inference", "inference", *inference_flags(aggregator, [edge]))
+    inference = fleet.start("inference", "inference", *inference_flags(aggregator, [edge] if generator else []))
     fleet.wait_until(lambda: served_release(inference, site) > 0, TIMEOUT_SECONDS, "a release")
     with InspectionClient(inference.grpc, site=site.name) as client:
         seen = list(releases_until(client, site, 4))

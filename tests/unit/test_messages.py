@@ -79,7 +79,7 @@ def test_a_feature_space_without_three_colours_is_refused(field: str) -> None:
     "method",
     [
         Method(),
-        Method(generator=False, metric_loss=False, memory_reduce=False, item_type="uint8"),
+        Method(generator=True, metric_loss=False, memory_reduce=False, item_type="float16"),
         Method(bank_items=1, memory_items=1_048_576, rounds=1_000, seed=2**63 - 1),
     ],
 )

@@ -270,12 +270,12 @@ def test_the_environment_changes_one_value_of_a_federation_and_leaves_the_others
 ) -> None:
     args = file_with(tmp_path, {"federations": {"magtile": {"quorum": 3, "method": {"rounds": 5}}, "brain": {}}})
     monkeypatch.setenv("FEDDYMEM_FEDERATIONS__MAGTILE__METHOD__BANK_ITEMS", "64")
-    monkeypatch.setenv("FEDDYMEM_FEDERATIONS__MAGTILE__METHOD__GENERATOR", "false")
+    monkeypatch.setenv("FEDDYMEM_FEDERATIONS__MAGTILE__METHOD__GENERATOR", "true")
     monkeypatch.setenv("FEDDYMEM_FEDERATIONS__MAGTILE__SITES", '["a", "b"]')
     found = federations(args)
     assert sorted(found) == ["brain", "magtile"]
     method = found["magtile"]["method"]
-    assert (method["bank_items"], method["generator"], method["rounds"]) == (64, False, 5)
+    assert (method["bank_items"], method["generator"], method["rounds"]) == (64, True, 5)
     assert (found["magtile"]["quorum"], found["magtile"]["sites"]) == (3, ("a", "b"))
 
 
