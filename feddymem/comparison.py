@@ -56,7 +56,8 @@ class Contender:
     Attributes:
         detectors: makes the sites' detectors from their patches; the same for the same arguments.
         summary: what it is, for the report.
-        seeded: whether the outcome depends on the method's seed.
+        seeded: whether the outcome depends on the method's seed: k-means starts from coverage seeds, and only what is
+            trained or drawn at random does.
     """
 
     detectors: Callable[[Sites, Method, Progress, str], Detectors]
@@ -180,21 +181,25 @@ def _changed(**changes: object) -> Callable[[Sites, Method, Progress, str], Dete
 
 
 CONTENDERS: dict[str, Contender] = {
-    "feddymem": Contender(federated, "FedDyMem as it is by default"),
-    "local": Contender(alone, "each site alone, with as many items as it sends to a federation; nothing is sent"),
+    "feddymem": Contender(federated, "FedDyMem as it is by default", seeded=False),
+    "local": Contender(
+        alone, "each site alone, with as many items as it sends to a federation; nothing is sent", seeded=False
+    ),
     "pooled": Contender(
         pooled, "PatchCore, 10 % coreset of all sites' patches in one place: privacy given up", seeded=False
     ),
     "running-average": Contender(
-        averaged, "each image averaged into the items of the first, in place of memory-reduce"
+        averaged, "each image averaged into the items of the first, in place of memory-reduce", seeded=False
     ),
     "fedavg": Contender(fedavg, "one memory generator for all sites, by federated averaging of its parameters"),
     "with-generator": Contender(_changed(generator=True), "FedDyMem with memory generators and metric loss"),
-    "without-generator": Contender(_changed(generator=False), "FedDyMem without memory generators"),
+    "without-generator": Contender(_changed(generator=False), "FedDyMem without memory generators", seeded=False),
     "without-metric-loss": Contender(
-        _changed(generator=True, metric_loss=False), "FedDyMem with memory generators that are not trained"
+        _changed(generator=True, metric_loss=False),
+        "FedDyMem with memory generators that are not trained",
+        seeded=False,
     ),
     "without-memory-reduce": Contender(_changed(memory_reduce=False), "FedDyMem with banks of patches drawn at random"),
-    "without-rounds": Contender(_changed(rounds=1), "FedDyMem in one round"),
+    "without-rounds": Contender(_changed(rounds=1), "FedDyMem in one round", seeded=False),
 }
 """The methods that can be compared, by name."""

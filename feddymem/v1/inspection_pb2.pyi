@@ -26,7 +26,7 @@ class _MapFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MapFormat.V
     MAP_FORMAT_UNSPECIFIED: _MapFormat.ValueType  # 0
     """No map."""
     MAP_FORMAT_FLOAT32: _MapFormat.ValueType  # 1
-    """Distances as little-endian float32, at the size of the network input."""
+    """Distances as little-endian float32, at the input_size of the feature space."""
     MAP_FORMAT_PNG: _MapFormat.ValueType  # 2
     """A colour PNG at the size of the image, on the release's fixed scale (never stretched per image)."""
 
@@ -36,7 +36,7 @@ class MapFormat(_MapFormat, metaclass=_MapFormatEnumTypeWrapper):
 MAP_FORMAT_UNSPECIFIED: MapFormat.ValueType  # 0
 """No map."""
 MAP_FORMAT_FLOAT32: MapFormat.ValueType  # 1
-"""Distances as little-endian float32, at the size of the network input."""
+"""Distances as little-endian float32, at the input_size of the feature space."""
 MAP_FORMAT_PNG: MapFormat.ValueType  # 2
 """A colour PNG at the size of the image, on the release's fixed scale (never stretched per image)."""
 Global___MapFormat: _TypeAlias = MapFormat  # noqa: Y015

@@ -35,7 +35,7 @@ class InspectionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InspectionServiceAsyncStub: ...
     Inspect: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.InspectRequest, _inspection_pb2.InspectResponse]
     """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
-    NOT_FOUND: unknown federation or site. UNAVAILABLE: nothing to score with yet.
+    NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
     RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
     """
     InspectStream: _grpc.StreamStreamMultiCallable[_inspection_pb2.InspectStreamRequest, _inspection_pb2.InspectStreamResponse]
@@ -50,7 +50,7 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Inspect: _aio.UnaryUnaryMultiCallable[_inspection_pb2.InspectRequest, _inspection_pb2.InspectResponse]  # type: ignore[assignment]
     """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
-    NOT_FOUND: unknown federation or site. UNAVAILABLE: nothing to score with yet.
+    NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
     RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
     """
     InspectStream: _aio.StreamStreamMultiCallable[_inspection_pb2.InspectStreamRequest, _inspection_pb2.InspectStreamResponse]  # type: ignore[assignment]
@@ -68,7 +68,7 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.InspectResponse, _abc.Awaitable[_inspection_pb2.InspectResponse]]:
         """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
-        NOT_FOUND: unknown federation or site. UNAVAILABLE: nothing to score with yet.
+        NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
         RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
         """
 

@@ -19,7 +19,7 @@ from services.runtime.logs import configure_logs, get_logger
 from services.runtime.progress import shown_progress
 from services.runtime.publisher import Publisher
 from services.runtime.server import Readiness, listening, run_until_stopped
-from services.runtime.settings import load_settings
+from services.runtime.settings import InvalidSettingsError, load_settings
 
 _log = get_logger()
 
@@ -58,15 +58,7 @@ async def _take_part(
     readiness: Readiness,
     progress: Progress,
 ) -> None:
-    extractor = await asyncio.to_thread(
-        load_extractor,
-        settings.backbone,
-        settings.checkpoint,
-        settings.input_size,
-        settings.tile_size,
-        settings.tile_overlap,
-        device,
-    )
+    extractor = await asyncio.to_thread(_load_extractor, settings, device)
     extraction = await asyncio.to_thread(_extract, settings, extractor, state, progress)
     async with open_channel(settings.aggregator) as channel:
         participant = Participant(
@@ -74,6 +66,20 @@ async def _take_part(
         )
         await readiness.set(True)
         await participant.run()
+
+
+def _load_extractor(settings: EdgeClientSettings, device: str) -> FeatureExtractor:
+    try:
+        return load_extractor(
+            settings.backbone,
+            settings.checkpoint,
+            settings.input_size,
+            settings.tile_size,
+            settings.tile_overlap,
+            device,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise InvalidSettingsError(str(error)) from error
 
 
 def _extract(

@@ -81,7 +81,7 @@ def test_a_site_without_test_images_has_no_detection_figures(sites: tuple[SiteDa
 
 
 def test_methods_without_a_seed_run_once() -> None:
-    assert [seeds_run(name, (3, 4)) for name in ("local", "pooled")] == [(3, 4), (3,)]
+    assert [seeds_run(name, (3, 4)) for name in ("fedavg", "pooled")] == [(3, 4), (3,)]
 
 
 def test_images_are_drawn_by_the_seed_and_all_kept_without_a_number(sites: tuple[SiteData, ...]) -> None:
