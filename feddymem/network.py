@@ -68,7 +68,10 @@ def load_network(backbone: str, checkpoint: Path | None = None) -> Network:
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
     embedded = backbone == EMBEDDED_BACKBONE and checkpoint is None
     layers = _default_layers(backbone)
-    module = _create(backbone, layers, pretrained=not embedded and checkpoint is None)
+    try:
+        module = _create(backbone, layers, pretrained=not embedded and checkpoint is None)
+    except RuntimeError as error:  # timm knows no weights
+        raise ValueError(f"backbone {backbone!r}: {error}; give a checkpoint") from error
     if embedded:
         _load(module, _embedded_state())
     elif checkpoint is not None:
@@ -124,7 +127,7 @@ def _create(backbone: str, layers: tuple[int, ...], pretrained: bool) -> nn.Modu
             )
         except TypeError:  # not an argument of this architecture
             continue
-        if getattr(network, "output_fmt", None) == Format.NHWC:  # Swin; the other of timm's wrappers turns its maps
+        if getattr(network, "output_fmt", None) == Format.NHWC:  # Swin; timm's other wrapper permutes its maps
             network = create(
                 backbone,
                 features_only=True,

@@ -17,7 +17,7 @@ from feddymem.scoring import Scorer
 
 
 def local_image_auroc(site: SiteData, method: Method, extractor: FeatureExtractor, folder: Path) -> float:
-    """Image AUROC of a federation of this site alone, at the same memory budget."""
+    """Image AUROC of a federation of this site alone, with as many items as it sends to a federation."""
     patches = extract(site.train, extractor, folder / "local.f16").patches
     detector = alone({site.name: patches}, method)[site.name]
     scorer = Scorer(extractor, detector.memory, detector.generator)

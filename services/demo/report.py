@@ -46,7 +46,7 @@ class SiteReport:
 
     Attributes:
         scored: its test images.
-        local_image_auroc: image AUROC of the site alone, at the same memory budget.
+        local_image_auroc: image AUROC of the site alone, with as many items as it sends to a federation.
         bytes_sent: bytes that left the site in each round.
     """
 
