@@ -1,4 +1,4 @@
-"""Each site alone, for comparison: the same method, with as many items as the whole federation's global memory has."""
+"""Each site alone, for comparison: the same method, with as many items as it sends to a federation."""
 
 from __future__ import annotations
 
