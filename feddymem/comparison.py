@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddymem.aggregate import aggregate
-from feddymem.federation import federate, next_memory
+from feddymem.federation import MEMORY_TYPE, federate, next_memory
 from feddymem.generator import MemoryGenerator
+from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
 from feddymem.memory_reduce import Progress, greedy_cover, nearest_items, no_progress
@@ -77,12 +77,12 @@ def alone(sites: Sites, method: Method, progress: Progress = no_progress, device
     return {name: Detector(outcome.memory, outcome.generators[name], ()) for name, outcome in outcomes.items()}
 
 
-def pooled(sites: Sites, method: Method, progress: Progress = no_progress, device: str = "cpu") -> Detectors:
+def pooled(sites: Sites, _method: Method, progress: Progress = no_progress, device: str = "cpu") -> Detectors:
     """PatchCore on all sites' patches in one place: an upper reference that gives privacy up.
 
     The coreset is a tenth of the patches by greedy k-centre, of blocks of CORESET_BLOCK patches each: a union of covers
     covers the union, and neither time nor memory grows with the square of the images. A block mixes sites. Every patch
-    leaves its site once, in `item_type`.
+    leaves its site once, in float16 as it was extracted.
     """
     coreset, held = [], list[Tensor]()
     total = sum(source.images for source in sites.values())
@@ -98,15 +98,18 @@ def pooled(sites: Sites, method: Method, progress: Progress = no_progress, devic
             progress("coreset", done, total)
     items = torch.cat(coreset).numpy()
     memory = MemoryBank(items, np.ones(len(items), np.float32), np.zeros(len(items), np.float32))
-    itemsize = np.dtype(method.item_type).itemsize
+    itemsize = np.dtype(np.float16).itemsize
     sent = {name: (s.images * s.patches_per_image * s.channels * itemsize,) for name, s in sites.items()}
     return {name: Detector(memory, None, sent[name]) for name in sites}
 
 
 def averaged(sites: Sites, method: Method, progress: Progress = no_progress, device: str = "cpu") -> Detectors:
     """The memory-reduce without coverage seeds, as CFA makes its memory; banks merged in one round by k-means."""
-    banks = {name: running_average(source, progress, device) for name, source in sorted(sites.items())}
-    memory = aggregate(list(banks.values()), method.memory_items, method.seed, method.weighted).memory
+    banks = {
+        name: as_received(running_average(source, progress, device), method.item_type)
+        for name, source in sorted(sites.items())
+    }
+    memory = as_received(next_memory(None, list(banks.values()), method).memory, MEMORY_TYPE)
     return {
         name: Detector(memory, None, (method.bank_bytes(len(bank), bank.channels),)) for name, bank in banks.items()
     }
@@ -153,11 +156,16 @@ def fedavg(sites: Sites, method: Method, progress: Progress = no_progress, devic
         updates = [local_update(sites[name], memory, generator, method, number, progress, device) for name in names]
         trained = [update.generator for update in updates if update.generator is not None]
         generator = average(trained, [sites[name].images for name in names])
-        banks = [local_update(sites[name], memory, generator, fixed, number, progress, device).bank for name in names]
+        banks = [
+            as_received(
+                local_update(sites[name], memory, generator, fixed, number, progress, device).bank, method.item_type
+            )
+            for name in names
+        ]
         parameters = sum(values.numel() for values in generator.state_dict().values()) * 4
         for name, bank in zip(names, banks, strict=True):
             sent[name] += (parameters + method.bank_bytes(len(bank), bank.channels),)
-        memory = next_memory(memory, banks, method).memory
+        memory = as_received(next_memory(memory, banks, method).memory, MEMORY_TYPE)
     assert memory is not None, "a method has at least one round"
     return {name: Detector(memory, generator, sent[name]) for name in sites}
 

@@ -38,8 +38,6 @@ METRICS = (
 """Names of the figures of a run."""
 
 _BATCH_IMAGES = 8
-_DISTANCE_BYTES = 128 * 2**20
-"""Bound of the distances of one batch to all items; a pooled memory may have tens of thousands of items."""
 
 Figures = dict[str, float]
 """A value for each of METRICS; NaN where there is none."""
@@ -176,8 +174,7 @@ def score(
     scorer = Scorer(cache.extractor, detector.memory, detector.generator)
     inspections: list[Inspection] = []
     patches = CachedPatches(cache, [image.path for image in images])
-    bytes_per_image = patches.patches_per_image * len(detector.memory) * 4
-    for batch in patches.batches(max(1, min(_BATCH_IMAGES, _DISTANCE_BYTES // bytes_per_image))):
+    for batch in patches.batches(_BATCH_IMAGES):
         inspections += scorer.inspect_features(batch.to(cache.extractor.device))
         progress("scores", len(inspections), len(images))
     side = cache.extractor.feature_space.input_size

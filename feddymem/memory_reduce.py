@@ -24,6 +24,8 @@ from feddymem.patches import PatchSource
 
 _FRONTIER = 512
 _ROWS = 8192
+_DISTANCE_BYTES = 32 * 2**20
+"""Bound of the distances held at a time, whatever the number of items."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -158,8 +160,9 @@ def nearest_items(patches: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     squares = (patches * patches).sum(1)
     item_squares = (items * items).sum(1)
     distances, indices = torch.empty_like(squares), torch.empty(len(patches), dtype=torch.int64, device=patches.device)
-    for start in range(0, len(patches), _ROWS):
-        rows = slice(start, start + _ROWS)
+    step = max(1, _DISTANCE_BYTES // (4 * len(items)))
+    for start in range(0, len(patches), step):
+        rows = slice(start, start + step)
         best, indices[rows] = torch.addmm(item_squares[None], patches[rows], items.T, alpha=-2).min(1)
         distances[rows] = (best + squares[rows]).clamp_min(0).sqrt()
     return distances, indices

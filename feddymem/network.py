@@ -99,6 +99,8 @@ def load_network(backbone: str, checkpoint: Path | None = None) -> Network:
 def _default_layers(backbone: str) -> tuple[int, ...]:
     """Layers of the reductions wanted; of a network whose layers all have one reduction, those at the depths wanted."""
     available = _reductions(backbone)
+    if len(available) < len(_DEPTHS):
+        raise ValueError(f"backbone {backbone!r} has {len(available)} feature map; {len(_DEPTHS)} are needed")
     if len(set(available)) == 1:
         return tuple(round(depth * len(available)) - 1 for depth in _DEPTHS)
     missing = [r for r in _REDUCTIONS if r not in available]

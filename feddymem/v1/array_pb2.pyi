@@ -31,11 +31,11 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
     """Not set: refused."""
     DATA_TYPE_FLOAT16: _DataType.ValueType  # 1
-    """IEEE 754 binary16, the default for items."""
+    """IEEE 754 binary16, the type of a global memory's items."""
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 2
     """IEEE 754 binary32."""
     DATA_TYPE_UINT8: _DataType.ValueType  # 3
-    """Unsigned 8-bit; always with a `Quantisation`."""
+    """Unsigned 8-bit, the default for a bank's items; always with a `Quantisation`."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element type of an array's bytes; always little-endian, C order."""
@@ -43,11 +43,11 @@ class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
 """Not set: refused."""
 DATA_TYPE_FLOAT16: DataType.ValueType  # 1
-"""IEEE 754 binary16, the default for items."""
+"""IEEE 754 binary16, the type of a global memory's items."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 2
 """IEEE 754 binary32."""
 DATA_TYPE_UINT8: DataType.ValueType  # 3
-"""Unsigned 8-bit; always with a `Quantisation`."""
+"""Unsigned 8-bit, the default for a bank's items; always with a `Quantisation`."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final

@@ -21,7 +21,7 @@ from services.inference.settings import InferenceSettings
 from services.runtime.array_store import ArrayStore, write_atomically
 from services.runtime.arrays import bank_from_wire
 from services.runtime.changes import Changes
-from services.runtime.errors import Refusal, as_refusal, invalid, not_found
+from services.runtime.errors import Refusal, as_refusal, invalid, not_found, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, generator_from_wire
 
@@ -68,7 +68,8 @@ class Registry:
     async def load(self) -> None:
         """Takes what an earlier run left on disk.
 
-        A release that is damaged is discarded; it is fetched again when its publisher is there.
+        A release that is damaged is discarded; it is fetched again when its publisher is there. One that this
+        service has no backbone for is kept: the release is good, and the next start may have the right checkpoint.
         """
         for path in sorted(self._folder.glob("*.binpb")):
             self._note(Release.FromString(path.read_bytes()))
@@ -80,7 +81,8 @@ class Registry:
                 if refusal is None:
                     raise
                 _log.error("release_on_disk_refused", federation=federation, reason=refusal.text)
-                self._drop(federation)
+                if refusal.status is not grpc.StatusCode.FAILED_PRECONDITION:
+                    self._drop(federation)
 
     async def receive(self, release: Release) -> None:
         """Takes a release whose arrays are in the store, and activates it.
@@ -213,14 +215,19 @@ class Registry:
     def _extractor(self, memory: Release) -> FeatureExtractor:
         space = feature_space_from_message(memory.feature_space)
         if space.fingerprint not in self._extractors:
-            extractor = load_extractor(
-                space.backbone,
-                self._settings.checkpoint,
-                space.input_size,
-                space.tile_size,
-                space.tile_overlap,
-                resolve_device(self._settings.device),
-            )
+            try:
+                extractor = load_extractor(
+                    space.backbone,
+                    self._settings.checkpoint,
+                    space.input_size,
+                    space.tile_size,
+                    space.tile_overlap,
+                    resolve_device(self._settings.device),
+                )
+            except (ValueError, FileNotFoundError) as error:
+                raise precondition(
+                    f"the release of federation {memory.federation!r} needs a backbone: {error}"
+                ) from error
             extractor.feature_space.require_same(
                 space, "this service's backbone", f"the release of federation {memory.federation!r}"
             )

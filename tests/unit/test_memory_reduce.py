@@ -127,7 +127,7 @@ def test_nearest_items_gives_distance_and_index_for_any_number_of_patches() -> N
     points, items = rng.normal(size=(20, 5)).astype(np.float32), rng.normal(size=(7, 5)).astype(np.float32)
     squared = squared_distances(points, items)
     for rows in (1, 3, 20, 100):
-        with mock.patch.object(memory_reduce, "_ROWS", rows):
+        with mock.patch.object(memory_reduce, "_DISTANCE_BYTES", 4 * len(items) * rows):
             distances, indices = nearest_items(torch.from_numpy(points), torch.from_numpy(items))
         assert indices.tolist() == squared.argmin(1).tolist()
         np.testing.assert_allclose(distances.numpy(), np.sqrt(squared.min(1)), rtol=1e-4)
