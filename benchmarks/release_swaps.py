@@ -158,7 +158,7 @@ def _memory(space: FeatureSpace, seed: int) -> MemoryBank:
     rng = np.random.default_rng(seed)
     return MemoryBank(
         items=rng.normal(size=(_ITEMS, space.channels)).astype(np.float32),
-        weights=np.ones(_ITEMS, np.float32),
+        weights=np.ones((_ITEMS, 1), np.float32),
         spreads=np.ones(_ITEMS, np.float32),
     )
 

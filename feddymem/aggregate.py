@@ -34,18 +34,19 @@ class Aggregation:
 def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool = False) -> Aggregation:
     """Merges banks into a global memory of at most `count` items.
 
-    Where all items fit, they are kept as they are. Weights of merged items are added; a merged item's spread takes in
-    both the spreads of its parts and their distances to it. With `weighted`, items count in k-means as often as the
-    patches behind them; without, each counts once, which keeps rare patches represented (docs/method.md).
+    Where all items fit, they are kept as they are. Weights of merged items are added, origin by origin; a merged item's
+    spread takes in both the spreads of its parts and their distances to it. With `weighted`, items count in k-means as
+    often as the patches behind them; without, each counts once, which keeps rare patches represented (docs/method.md).
 
     Raises:
-        ValueError: no banks, or banks of different numbers of channels.
+        ValueError: no banks, or banks of different numbers of channels or origins.
     """
     if not banks:
         raise ValueError("no banks to aggregate")
-    channels = {bank.channels for bank in banks}
-    if len(channels) > 1:
-        raise ValueError(f"banks have different numbers of channels: {sorted(channels)}")
+    for what in ("channels", "origins"):
+        numbers = {getattr(bank, what) for bank in banks}
+        if len(numbers) > 1:
+            raise ValueError(f"banks have different numbers of {what}: {sorted(numbers)}")
     pool = MemoryBank.concatenate(banks)
     if len(pool) <= count:
         return Aggregation(memory=pool, iterations=0, inertia=0.0)
@@ -60,7 +61,7 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
     seeds = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]
     if len(seeds) < count:  # fewer distinct items than wanted
         kmeans.k = len(seeds)
-    kmeans.train(pool.items, weights=pool.weights if weighted else None, init_centroids=seeds)
+    kmeans.train(pool.items, weights=pool.patches.astype(np.float32) if weighted else None, init_centroids=seeds)
     memory, inertia = _merge(pool, kmeans)
     return Aggregation(memory=memory, iterations=_ITERATIONS, inertia=inertia)
 
@@ -68,12 +69,13 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
 def _merge(pool: MemoryBank, kmeans: faiss.Kmeans) -> tuple[MemoryBank, float]:
     squared, cells = kmeans.index.search(pool.items, 1)
     squared, cells = np.maximum(squared[:, 0], 0).astype(np.float64), cells[:, 0]
-    weights = np.bincount(cells, pool.weights, minlength=kmeans.k)
-    scatter = np.bincount(cells, pool.weights * (pool.spreads.astype(np.float64) ** 2 + squared), minlength=kmeans.k)
-    used = weights > 0
+    patches = np.bincount(cells, pool.patches, minlength=kmeans.k)
+    scatter = np.bincount(cells, pool.patches * (pool.spreads.astype(np.float64) ** 2 + squared), minlength=kmeans.k)
+    weights = np.stack([np.bincount(cells, origin, minlength=kmeans.k) for origin in pool.weights.T], axis=1)
+    used = patches > 0
     memory = MemoryBank(
         items=np.asarray(kmeans.centroids)[used],
         weights=weights[used].astype(np.float32),
-        spreads=np.sqrt(scatter[used] / weights[used]).astype(np.float32),
+        spreads=np.sqrt(scatter[used] / patches[used]).astype(np.float32),
     )
     return memory, float(squared.sum())

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feddymem.distances import nearest_items
 from feddymem.federation import MEMORY_TYPE, federate, next_memory
 from feddymem.generator import MemoryGenerator
 from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress, greedy_cover, nearest_items, no_progress
+from feddymem.memory_reduce import Progress, greedy_cover, no_progress
 from feddymem.method import Method
 from feddymem.patches import PatchSource
 
@@ -97,7 +98,7 @@ def pooled(sites: Sites, _method: Method, progress: Progress = no_progress, devi
                 held.clear()
             progress("coreset", done, total)
     items = torch.cat(coreset).numpy()
-    memory = MemoryBank(items, np.ones(len(items), np.float32), np.zeros(len(items), np.float32))
+    memory = MemoryBank(items, np.ones((len(items), 1), np.float32), np.zeros(len(items), np.float32))
     itemsize = np.dtype(np.float16).itemsize
     sent = {name: (s.images * s.patches_per_image * s.channels * itemsize,) for name, s in sites.items()}
     return {name: Detector(memory, None, sent[name]) for name in sites}
@@ -109,7 +110,7 @@ def averaged(sites: Sites, method: Method, progress: Progress = no_progress, dev
         name: as_received(running_average(source, progress, device), method.item_type)
         for name, source in sorted(sites.items())
     }
-    memory = as_received(next_memory(None, list(banks.values()), method).memory, MEMORY_TYPE)
+    memory = as_received(next_memory(None, banks, sorted(sites), method).memory, MEMORY_TYPE)
     return {
         name: Detector(memory, None, (method.bank_bytes(len(bank), bank.channels),)) for name, bank in banks.items()
     }
@@ -137,7 +138,8 @@ def running_average(source: PatchSource, progress: Progress = no_progress, devic
         done += len(block)
         progress("averages", done, source.images)
     assert items is not None, "a patch source has at least one image"
-    return MemoryBank(items.cpu().numpy(), weights.cpu().numpy(), (scatter / weights).sqrt().cpu().numpy())
+    spreads = (scatter / weights).sqrt()
+    return MemoryBank(items.cpu().numpy(), weights[:, None].cpu().numpy(), spreads.cpu().numpy())
 
 
 def fedavg(sites: Sites, method: Method, progress: Progress = no_progress, device: str = "cpu") -> Detectors:
@@ -156,16 +158,16 @@ def fedavg(sites: Sites, method: Method, progress: Progress = no_progress, devic
         updates = [local_update(sites[name], memory, generator, method, number, progress, device) for name in names]
         trained = [update.generator for update in updates if update.generator is not None]
         generator = average(trained, [sites[name].images for name in names])
-        banks = [
-            as_received(
+        banks = {
+            name: as_received(
                 local_update(sites[name], memory, generator, fixed, number, progress, device).bank, method.item_type
             )
             for name in names
-        ]
+        }
         parameters = sum(values.numel() for values in generator.state_dict().values()) * 4
-        for name, bank in zip(names, banks, strict=True):
+        for name, bank in banks.items():
             sent[name] += (parameters + method.bank_bytes(len(bank), bank.channels),)
-        memory = as_received(next_memory(memory, banks, method).memory, MEMORY_TYPE)
+        memory = as_received(next_memory(memory, banks, names, method).memory, MEMORY_TYPE)
     assert memory is not None, "a method has at least one round"
     return {name: Detector(memory, generator, sent[name]) for name in sites}
 
@@ -208,6 +210,9 @@ CONTENDERS: dict[str, Contender] = {
         seeded=False,
     ),
     "without-memory-reduce": Contender(_changed(memory_reduce=False), "FedDyMem with banks of patches drawn at random"),
+    "without-origins": Contender(
+        _changed(origins=False), "FedDyMem that takes every item alike, whichever site it comes from", seeded=False
+    ),
     "without-rounds": Contender(_changed(rounds=1), "FedDyMem in one round", seeded=False),
 }
 """The methods that can be compared, by name."""

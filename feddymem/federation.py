@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from feddymem.aggregate import Aggregation, aggregate
@@ -15,6 +16,8 @@ from feddymem.patches import PatchSource
 
 MEMORY_TYPE: ItemType = "float16"
 """Element type of the global memory's items on the wire."""
+MAX_ORIGINS = 64
+"""Bound of what origins cost in a release and in an inspection; sites beyond share origins."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,22 @@ class FederatedMemory:
     bytes_sent: dict[str, tuple[int, ...]]
 
 
-def next_memory(memory: MemoryBank | None, banks: list[MemoryBank], method: Method) -> Aggregation:
+def next_memory(
+    memory: MemoryBank | None, banks: Mapping[str, MemoryBank], sites: Sequence[str], method: Method
+) -> Aggregation:
     """The aggregator's part of a round: the memory that the round started from and the banks of the round, merged.
 
     Args:
         memory: the global memory that the round started from; None in the first round.
-        banks: the sites' banks, in a fixed order (by site name), on which the result depends.
+        banks: the banks of the round, by the site's name.
+        sites: names of all sites of which the memory or the round has a bank. A site's place is its origin in the
+            memory; it must stay the same from round to round. Beyond MAX_ORIGINS, sites share one.
         method: the federation's method.
     """
-    return aggregate(banks if memory is None else [memory, *banks], method.memory_items, method.seed, method.weighted)
+    origins = min(len(sites), MAX_ORIGINS) if method.origins else 1
+    parts = [] if memory is None else [memory.placed(0, origins)]
+    parts += [bank.placed(sites.index(site) % origins, origins) for site, bank in sorted(banks.items())]
+    return aggregate(parts, method.memory_items, method.seed, method.weighted)
 
 
 def federate(
@@ -58,12 +68,12 @@ def federate(
     generators: dict[str, MemoryGenerator | None] = dict.fromkeys(sites)
     bytes_sent: dict[str, tuple[int, ...]] = dict.fromkeys(sites, ())
     for round_number in range(1, method.rounds + 1):
-        banks = []
+        banks = {}
         for name, source in sorted(sites.items()):
             update = local_update(source, memory, generators[name], method, round_number, progress, device)
             generators[name] = update.generator
-            banks.append(as_received(update.bank, method.item_type))
+            banks[name] = as_received(update.bank, method.item_type)
             bytes_sent[name] += (method.bank_bytes(len(update.bank), update.bank.channels),)
-        memory = as_received(next_memory(memory, banks, method).memory, MEMORY_TYPE)
+        memory = as_received(next_memory(memory, banks, sorted(sites), method).memory, MEMORY_TYPE)
     assert memory is not None, "a method has at least one round"
     return FederatedMemory(memory=memory, generators=generators, bytes_sent=bytes_sent)

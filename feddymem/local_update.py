@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from feddymem.distances import nearest_items
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress, Transform, identity, nearest_items, no_progress, reduce, sample
+from feddymem.memory_reduce import Progress, Transform, identity, no_progress, reduce, sample
 from feddymem.method import Method
 from feddymem.metric_loss import metric_loss
 from feddymem.patches import PatchSource

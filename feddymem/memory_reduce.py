@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feddymem.distances import nearest_items, squared_distances
 from feddymem.memory import MemoryBank
 from feddymem.patches import PatchSource
 
 _FRONTIER = 512
 _ROWS = 8192
-_DISTANCE_BYTES = 32 * 2**20
-"""Bound of the distances held at a time, whatever the number of items."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -95,8 +94,8 @@ def sample(
         picked.append(patches[inside])
         start += len(patches)
     items = torch.cat(picked).numpy()
-    weight = np.full(len(items), total / len(items), np.float32)
-    return MemoryBank(items=items, weights=weight, spreads=np.zeros(len(items), np.float32))
+    weights = np.full((len(items), 1), total / len(items), np.float32)
+    return MemoryBank(items=items, weights=weights, spreads=np.zeros(len(items), np.float32))
 
 
 def greedy_cover(points: Tensor, count: int, base: Tensor | None = None) -> Tensor:
@@ -119,7 +118,7 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None) -> Tens
     picks: list[int] = []
     if base is None:
         picks.append(int((squares - 2 * points @ points.mean(0)).argmin()))
-        bound = _squared_distances(points, squares, points[picks]).squeeze(1)
+        bound = squared_distances(points, squares, points[picks]).squeeze(1)
     else:
         bound = nearest_items(points, base)[0].square()
     up_to_date = torch.full((len(points),), len(picks), dtype=torch.int64, device=points.device)
@@ -131,41 +130,20 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None) -> Tens
         missing = picks[int(up_to_date[frontier].min()) :]
         nearest = bound[frontier]
         if missing:
-            nearest = torch.minimum(nearest, _squared_distances(rows, row_squares, points[missing]).amin(1))
+            nearest = torch.minimum(nearest, squared_distances(rows, row_squares, points[missing]).amin(1))
         while len(picks) < count:
             best = int(nearest.argmax())
             distance = nearest[best].item()
             if distance < outside or distance <= 0:
                 break
             picks.append(int(frontier[best]))
-            nearest = torch.minimum(nearest, _squared_distances(rows, row_squares, rows[best : best + 1]).squeeze(1))
+            nearest = torch.minimum(nearest, squared_distances(rows, row_squares, rows[best : best + 1]).squeeze(1))
             nearest[best] = 0
         bound[frontier] = nearest
         up_to_date[frontier] = len(picks)
         if outside <= 0 and float(nearest.max()) <= 0:
             break
     return torch.tensor(picks, dtype=torch.int64, device=points.device)
-
-
-def nearest_items(patches: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to, and index of, the item nearest to each patch.
-
-    Args:
-        patches: (n, channels) float32.
-        items: (m, channels) float32.
-
-    Returns:
-        (n,) float32 Euclidean distances and (n,) int64 indices.
-    """
-    squares = (patches * patches).sum(1)
-    item_squares = (items * items).sum(1)
-    distances, indices = torch.empty_like(squares), torch.empty(len(patches), dtype=torch.int64, device=patches.device)
-    step = max(1, _DISTANCE_BYTES // (4 * len(items)))
-    for start in range(0, len(patches), step):
-        rows = slice(start, start + step)
-        best, indices[rows] = torch.addmm(item_squares[None], patches[rows], items.T, alpha=-2).min(1)
-        distances[rows] = (best + squares[rows]).clamp_min(0).sqrt()
-    return distances, indices
 
 
 def _seeds(blocks: Iterable[Tensor], count: int, base: Tensor | None) -> Tensor:
@@ -200,11 +178,6 @@ def _averages(blocks: Iterable[Tensor], seeds: Tensor, base: Tensor | None) -> M
     variance = (squares[used] / counts[used] - (mean * mean).sum(1)).clamp_min(0)
     return MemoryBank(
         items=(seeds[used] + mean).float().cpu().numpy(),
-        weights=counts[used].float().cpu().numpy(),
+        weights=counts[used, None].float().cpu().numpy(),
         spreads=variance.sqrt().float().cpu().numpy(),
     )
-
-
-def _squared_distances(points: Tensor, squares: Tensor, centres: Tensor) -> Tensor:
-    cross = torch.addmm((centres * centres).sum(1)[None], points, centres.T, alpha=-2)
-    return (cross + squares[:, None]).clamp_min(0)

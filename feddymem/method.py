@@ -29,7 +29,10 @@ class Method(BaseModel):
         default=True, description="reduce the bank by weighted averages; without it, sample patches"
     )
     bank_items: int = Field(default=1568, ge=1, le=65_536, description="items of a site's reduced bank, at most")
-    memory_items: int = Field(default=8192, ge=1, le=1_048_576, description="items of the global memory, at most")
+    memory_items: int = Field(default=12_288, ge=1, le=1_048_576, description="items of the global memory, at most")
+    origins: bool = Field(
+        default=True, description="keep which items come from one site, for scores that take an image to be of one"
+    )
     rounds: int = Field(default=2, ge=1, le=1_000, description="rounds until the federation is done; 1 is one shot")
     weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")
     item_type: ItemType = Field(default="uint8", description="element type of bank items on the wire")

@@ -5,6 +5,7 @@ The one code path that library, edge client and inference service share; a parit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -15,12 +16,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from feddymem.backbone import FeatureExtractor
+from feddymem.distances import nearest_of_each
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import nearest_items
 
 _TOP_PATCHES = 5
 """The image score is the mean of this many largest patch distances (ours): one patch alone is noisy."""
+_EVIDENCE_SHARE = 0.3
+"""How badly an origin explains an image is told by this share of the patches, those farthest from its items (ours)."""
+_ALLOWANCE = 1.5
+"""An origin may be worse than the best by this much of what all origins together gain over the best (ours)."""
+_PRICE = 8.0
+"""An origin that is worse still is farther by this much of the excess (ours)."""
 _BLUR_SIGMA_PATCHES = 0.75
 """Gaussian smoothing of the anomaly map, in patches (ours, docs/method.md)."""
 _FULL_SCALE = 4.0
@@ -33,7 +40,7 @@ class Inspection:
 
     Attributes:
         score: mean of the largest patch distances, in units of the feature space; >= 0.
-        distances: (grid, grid) float32, distance of each patch to its nearest item.
+        distances: (grid, grid) float32, distance of each patch to its nearest item, see `of_one_origin`.
     """
 
     score: float
@@ -52,6 +59,8 @@ class Scorer:
         self.extractor = extractor
         self.typical_distance = memory.typical_distance
         self._items = torch.from_numpy(memory.items).to(extractor.device)
+        behind = torch.from_numpy(memory.weights.T > 0).to(extractor.device)
+        self._origins = [origin.nonzero().squeeze(1) for origin in behind if origin.any()]
         self._generator = None if generator is None else generator.to(extractor.device)
 
     def inspect(self, images: Tensor) -> list[Inspection]:
@@ -62,11 +71,38 @@ class Scorer:
     def inspect_features(self, features: Tensor) -> list[Inspection]:
         """Scores patch features: (n, grid * grid, channels) float32."""
         mapped = features if self._generator is None else self._generator(features)
-        distances = nearest_items(mapped.flatten(0, 1), self._items)[0].view(mapped.shape[:2])
+        squared = nearest_of_each(mapped.flatten(0, 1), self._items, self._origins).view(-1, *mapped.shape[:2])
+        distances = of_one_origin(squared).sqrt()
         scores = distances.topk(min(_TOP_PATCHES, distances.shape[1]), dim=1).values.mean(1)
         grid = self.extractor.feature_space.grid
         grids = distances.view(-1, grid, grid).cpu().numpy()
         return [Inspection(score=float(score), distances=grid) for score, grid in zip(scores, grids, strict=True)]
+
+
+def of_one_origin(squared: Tensor) -> Tensor:
+    """Distances of images that each come from one site, whichever it is (ours).
+
+    With `d_o` the distance of a patch to the nearest item of origin `o`, `E_o` the mean of an image's largest 30 % of
+    `d_o²`, `E` the least of them and `U` the same mean of `min_o d_o²`, an origin has the price
+    `8 max(0, E_o - E - 1.5 (E - U))`, and a patch the squared distance `min_o (d_o² + price_o)`. So an item of another
+    site does not hide a defect in an image that is nothing like that site's; and where sites are alike, so that an
+    image needs several of them (`E - U` is large), all their items count.
+
+    Args:
+        squared: (origins, images, patches) float32, d_o².
+
+    Returns:
+        (images, patches) float32.
+    """
+    evidence = _evidence(squared)
+    best, together = evidence.amin(0), _evidence(squared.amin(0))
+    price = _PRICE * (evidence - best - _ALLOWANCE * (best - together)).clamp_min(0)
+    return (squared + price[:, :, None]).amin(0)
+
+
+def _evidence(squared: Tensor) -> Tensor:
+    count = math.ceil(_EVIDENCE_SHARE * squared.shape[-1])
+    return squared.topk(count, dim=-1).values.mean(-1)
 
 
 def anomaly_map(distances: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

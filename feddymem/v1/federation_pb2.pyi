@@ -68,6 +68,7 @@ class Method(_message.Message):
     ITEM_TYPE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     WEIGHTED_FIELD_NUMBER: _builtins.int
+    ORIGINS_FIELD_NUMBER: _builtins.int
     generator: _builtins.bool
     """Whether patch features pass through the site's trained memory generator."""
     metric_loss: _builtins.bool
@@ -86,6 +87,8 @@ class Method(_message.Message):
     """Seed of every random choice at sites and aggregator."""
     weighted: _builtins.bool
     """Whether k-means weights items by the number of patches behind them."""
+    origins: _builtins.bool
+    """Whether the global memory keeps which items come from one site, for scores that take an image to be of one."""
     def __init__(
         self,
         *,
@@ -98,10 +101,11 @@ class Method(_message.Message):
         item_type: _array_pb2.DataType.ValueType = ...,
         seed: _builtins.int = ...,
         weighted: _builtins.bool = ...,
+        origins: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_items", b"bank_items", "generator", b"generator", "item_type", b"item_type", "memory_items", b"memory_items", "memory_reduce", b"memory_reduce", "metric_loss", b"metric_loss", "rounds", b"rounds", "seed", b"seed", "weighted", b"weighted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_items", b"bank_items", "generator", b"generator", "item_type", b"item_type", "memory_items", b"memory_items", "memory_reduce", b"memory_reduce", "metric_loss", b"metric_loss", "origins", b"origins", "rounds", b"rounds", "seed", b"seed", "weighted", b"weighted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -249,7 +253,9 @@ class GlobalMemory(_message.Message):
     """Version: the number of the round that made it."""
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_array_pb2.Array]:
-        """"items" (n, channels), "weights" (n) in patches, "spreads" (n) in units of the items."""
+        """"items" (n, channels), "weights" (n, origins) in patches, "spreads" (n) in units of the items. An origin is a
+        site, without its name, or several where there are more than 64; 0 where no patch of it is behind the item.
+        """
 
     def __init__(
         self,
@@ -292,7 +298,7 @@ class BankHeader(_message.Message):
     """Images that the bank was made from."""
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_array_pb2.Array]:
-        """"items" (n, channels), "weights" (n) in patches, "spreads" (n) in units of the items."""
+        """"items" (n, channels), "weights" (n, 1) in patches, "spreads" (n) in units of the items."""
 
     def __init__(
         self,

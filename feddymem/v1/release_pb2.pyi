@@ -33,7 +33,7 @@ class _ReleaseKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReleaseKi
     RELEASE_KIND_UNSPECIFIED: _ReleaseKind.ValueType  # 0
     """Not set: refused."""
     RELEASE_KIND_GLOBAL_MEMORY: _ReleaseKind.ValueType  # 1
-    """A global memory, from the aggregator: "items", "weights", "spreads"."""
+    """A global memory, from the aggregator: "items", "weights", "spreads", as in GlobalMemory."""
     RELEASE_KIND_MEMORY_GENERATOR: _ReleaseKind.ValueType  # 2
     """A site's memory generator, from its edge client: one array per parameter."""
 
@@ -43,7 +43,7 @@ class ReleaseKind(_ReleaseKind, metaclass=_ReleaseKindEnumTypeWrapper):
 RELEASE_KIND_UNSPECIFIED: ReleaseKind.ValueType  # 0
 """Not set: refused."""
 RELEASE_KIND_GLOBAL_MEMORY: ReleaseKind.ValueType  # 1
-"""A global memory, from the aggregator: "items", "weights", "spreads"."""
+"""A global memory, from the aggregator: "items", "weights", "spreads", as in GlobalMemory."""
 RELEASE_KIND_MEMORY_GENERATOR: ReleaseKind.ValueType  # 2
 """A site's memory generator, from its edge client: one array per parameter."""
 Global___ReleaseKind: _TypeAlias = ReleaseKind  # noqa: Y015

@@ -294,9 +294,8 @@ class Federation:
 
     def _merge(self, banks: dict[str, AcceptedBank]) -> Aggregation:
         memory = self._bank(self._release.arrays) if self._release is not None else None
-        return next_memory(
-            memory, [self._bank(banks[site].header.arrays) for site in sorted(banks)], self.settings.method
-        )
+        received = {site: self._bank(bank.header.arrays) for site, bank in banks.items()}
+        return next_memory(memory, received, self._state.bank_sites(self.name), self.settings.method)
 
     def _bank(self, manifests: Iterable[Array]) -> MemoryBank:
         return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in manifests)
@@ -333,7 +332,7 @@ class Federation:
             raise invalid(f"items has {count} rows; a bank of this federation has at most {method.bank_items}")
         expected = {
             "items": ([count, channels], ITEM_TYPES[method.item_type]),
-            "weights": ([count], DATA_TYPE_FLOAT32),
+            "weights": ([count, 1], DATA_TYPE_FLOAT32),
             "spreads": ([count], DATA_TYPE_FLOAT32),
         }
         for name, (shape, data_type) in expected.items():

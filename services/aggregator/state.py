@@ -112,6 +112,13 @@ class State:
         )
         return {site: AcceptedBank(BankHeader.FromString(header), received) for site, header, received in rows}
 
+    def bank_sites(self, federation: str) -> list[str]:
+        """Sites that a bank was ever accepted of, in the order of their first rounds; new ones come last."""
+        rows = self._db.execute(
+            "SELECT site FROM bank WHERE federation = ? GROUP BY site ORDER BY MIN(round), site", (federation,)
+        )
+        return [site for (site,) in rows]
+
     def bytes_per_round(self, federation: str, site: str) -> dict[int, int]:
         """Bytes that each of a site's banks took to receive, by round."""
         rows = self._db.execute(

@@ -96,7 +96,7 @@ def test_two_sites_get_one_global_memory_that_is_the_library_s(sites: tuple[Fake
     arrived = bank_from_wire((array, download(sites[0], array.sha256)) for array in event.memory.arrays)
 
     sent = [bank_from_wire((w.manifest, w.data) for w in bank_to_wire(bank, "float16")) for bank in banks]
-    expected = aggregate(sent, 32).memory
+    expected = aggregate([bank.placed(number, 2) for number, bank in enumerate(sent)], 32).memory
     assert event.memory.version == 1
     np.testing.assert_allclose(arrived.items, expected.items, atol=2e-3)
     np.testing.assert_array_equal(arrived.weights, expected.weights)
@@ -196,7 +196,7 @@ def test_another_element_type_or_length_is_refused_before_data_moves(sites: tupl
     assert (code, "FLOAT32" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
     mixed = [bank_to_wire(make_bank(5), "float16")[0], *bank_to_wire(make_bank(6, items=19), "float16")[1:]]
     code, text = refused(lambda: sites[0].send_raw([UploadBankRequest(header=sites[0].header(mixed))]))
-    assert (code, "[19]" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    assert (code, "[19, 1]" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
 def test_a_join_that_is_refused_leaves_no_trace(channel: grpc.Channel, federation: str) -> None:
@@ -220,6 +220,12 @@ def test_too_many_items_and_missing_arrays_are_refused(sites: tuple[FakeSite, Fa
     arrays = bank_to_wire(make_bank(), "float16")[:2]
     code, text = refused(lambda: sites[0].send(sites[0].header(arrays), arrays))
     assert (code, "spreads" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+def test_a_bank_of_several_origins_is_refused(sites: tuple[FakeSite, FakeSite]) -> None:
+    """A site speaks for itself alone."""
+    code, text = refused(lambda: sites[0].upload(make_bank().placed(0, 2)))
+    assert (code, "weights" in text, "[20, 1]" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True, True)
 
 
 def test_a_bad_checksum_is_data_loss_and_a_second_try_succeeds(sites: tuple[FakeSite, FakeSite]) -> None:
@@ -293,6 +299,25 @@ def test_a_round_closes_by_its_deadline_and_a_late_bank_is_told_so(start_aggrega
         code, text = refused(lambda: slow.upload(make_bank(2)))
         assert (code, "round 1" in text, "next round" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True, True)
         assert slow.upload(make_bank(2), 2)[-1].HasField("accepted")
+
+
+def test_a_site_that_comes_late_is_an_origin_behind_those_known(start_aggregator: StartAggregator) -> None:
+    """Although its name comes first; what the memory has of the others stays theirs."""
+    settings = METHOD | {"memory_items": 100, "rounds": 2}
+    aggregator = start_aggregator(quorum=1, sites=["a", "b"], round_deadline_seconds=0.5, method=settings)
+    early, late = make_bank(1), make_bank(2)
+    with grpc.insecure_channel(aggregator.grpc) as channel:
+        b, a = FakeSite(channel, "b"), FakeSite(channel, "a")
+        a.join()
+        b.join()
+        b.wait_for(PHASE_OPEN, 1)
+        b.upload(early)
+        a.wait_for(PHASE_OPEN, 2)
+        a.upload(late, 2)
+        arrays = a.wait_for(PHASE_DONE, 2).memory.arrays
+        memory = bank_from_wire((array, download(a, array.sha256)) for array in arrays)
+    np.testing.assert_array_equal(memory.weights[: len(early)], early.placed(0, 2).weights)
+    np.testing.assert_array_equal(memory.weights[len(early) :], late.placed(1, 2).weights)
 
 
 def test_a_deadline_without_a_quorum_does_not_close_the_round(start_aggregator: StartAggregator) -> None:

@@ -16,7 +16,7 @@ def bank(count: int, channels: int = 5, seed: int = 0, shift: float = 0) -> Memo
     rng = np.random.default_rng(seed)
     return MemoryBank(
         items=rng.normal(shift, 1, (count, channels)).astype(np.float32),
-        weights=rng.integers(1, 50, count).astype(np.float32),
+        weights=rng.integers(1, 50, (count, 1)).astype(np.float32),
         spreads=rng.gamma(2, 0.1, count).astype(np.float32),
     )
 
@@ -58,8 +58,8 @@ def test_weights_spreads_and_inertia_are_those_of_the_items_behind_each(count: i
     cells = squared.argmin(1)
     for number in range(len(merged.memory)):
         mine = cells == number
-        weights = pool.weights[mine].astype(np.float64)
-        assert merged.memory.weights[number] == weights.sum()
+        weights = pool.patches[mine]
+        assert merged.memory.weights[number].tolist() == [weights.sum()]
         scatter = pool.spreads[mine].astype(np.float64) ** 2 + squared[mine, number]
         assert merged.memory.spreads[number] == pytest.approx(
             np.sqrt((weights * scatter).sum() / weights.sum()), rel=1e-3
@@ -73,10 +73,10 @@ def test_the_items_are_those_of_k_means() -> None:
     noise = np.random.default_rng(0).normal(size=(4, 25, 2)).astype(np.float32)
     items = (centres[:, None] + noise).reshape(-1, 2)
     ones = np.ones(100, np.float32)
-    merged = aggregate([MemoryBank(items=items, weights=ones, spreads=0 * ones)], 4)
+    merged = aggregate([MemoryBank(items=items, weights=ones[:, None], spreads=0 * ones)], 4)
     means = items.reshape(4, 25, 2).mean(1)
     np.testing.assert_allclose(squared_distances(merged.memory.items, means).min(0), 0, atol=1e-5)
-    assert merged.memory.weights.tolist() == [25] * 4
+    assert merged.memory.patches.tolist() == [25] * 4
     assert merged.iterations > 0
 
 
@@ -90,7 +90,7 @@ def test_sites_far_apart_all_keep_items() -> None:
 def test_the_typical_distance_grows_by_what_merging_moves() -> None:
     banks = [bank(50, seed=1), bank(50, seed=2)]
     whole, merged = MemoryBank.concatenate(banks), aggregate(banks, 10).memory
-    moved = np.average(squared_distances(whole.items, merged.items).min(1), weights=whole.weights)
+    moved = np.average(squared_distances(whole.items, merged.items).min(1), weights=whole.patches)
     assert merged.typical_distance**2 == pytest.approx(whole.typical_distance**2 + moved, rel=1e-3)
 
 
@@ -98,9 +98,10 @@ def test_the_typical_distance_grows_by_what_merging_moves() -> None:
 def test_duplicates_are_merged(count: int) -> None:
     places = np.array([[0, 0], [9, 0], [0, 9], [9, 9], [4, 4]], np.float32)
     ones = np.ones(100, np.float32)
-    merged = aggregate([MemoryBank(items=np.tile(places, (20, 1)), weights=ones, spreads=0 * ones)], count).memory
+    pool = MemoryBank(items=np.tile(places, (20, 1)), weights=ones[:, None], spreads=0 * ones)
+    merged = aggregate([pool], count).memory
     assert sorted(map(tuple, merged.items.tolist())) == sorted(map(tuple, places.tolist()))
-    assert merged.weights.tolist() == [20] * 5
+    assert merged.patches.tolist() == [20] * 5
     assert not merged.spreads.any()
 
 
@@ -135,7 +136,7 @@ def test_banks_of_different_channels_are_refused(count: int) -> None:
 def test_weighted_items_pull_the_merged_item_towards_the_heavier() -> None:
     bank = MemoryBank(
         items=np.array([[0.0], [1.0], [9.0]], np.float32),
-        weights=np.array([9, 1, 1], np.float32),
+        weights=np.array([[9], [1], [1]], np.float32),
         spreads=np.zeros(3, np.float32),
     )
     plain, weighted = (sorted(aggregate([bank], 2, weighted=w).memory.items[:, 0].tolist()) for w in (False, True))

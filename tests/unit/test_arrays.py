@@ -56,7 +56,7 @@ def values(*shape: int) -> Floats:
 
 def bank(items: int = 5, channels: int = 3) -> MemoryBank:
     weights = np.arange(1, items + 1, dtype=np.float32)
-    return MemoryBank(items=values(items, channels), weights=weights, spreads=weights / np.float32(8))
+    return MemoryBank(items=values(items, channels), weights=weights[:, None], spreads=weights / np.float32(8))
 
 
 def returned(wire: WireArray) -> Floats:

@@ -129,7 +129,7 @@ def test_the_running_average_is_that_of_a_plain_loop() -> None:
     bank = running_average(PatchArray(images))
     items, weights = plain_running_average(images)
     np.testing.assert_allclose(bank.items, items, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(bank.weights, weights)
+    np.testing.assert_array_equal(bank.weights, weights[:, None])
     assert bank.weights.sum() == images.shape[0] * images.shape[1]
 
 

@@ -12,11 +12,11 @@ from skimage import data
 
 from feddymem.aggregate import aggregate
 from feddymem.backbone import FeatureExtractor
-from feddymem.federation import MEMORY_TYPE, FederatedMemory, federate, next_memory
+from feddymem.distances import nearest_items
+from feddymem.federation import MAX_ORIGINS, MEMORY_TYPE, FederatedMemory, federate, next_memory
 from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import nearest_items
 from feddymem.method import ItemType, Method
 from feddymem.patches import PatchArray, PatchSource
 
@@ -96,16 +96,55 @@ def test_more_rounds_cover_the_normals_better(switched: bool) -> None:
 def test_one_round_is_the_sites_banks_aggregated_as_they_arrive(item_type: ItemType) -> None:
     chosen = method(rounds=1, item_type=item_type)
     banks = [local_update(source, None, None, chosen, 1).bank for _, source in sorted(two_sites().items())]
-    received = [as_received(bank, item_type) for bank in banks]
+    received = [as_received(bank, item_type).placed(number, 2) for number, bank in enumerate(banks)]
     expected = as_received(aggregate(received, 60, chosen.seed).memory, MEMORY_TYPE)
     assert_same_memory(federate(two_sites(), chosen).memory, expected)
 
 
 def test_a_round_keeps_what_the_memory_had() -> None:
     memory, bank = (local_update(source, None, None, METHOD, 1).bank for source in two_sites().values())
-    merged = next_memory(memory, [bank], METHOD).memory
+    merged = next_memory(memory, {"a": bank}, ["a"], METHOD).memory
     np.testing.assert_array_equal(merged.items, np.concatenate([memory.items, bank.items]))
-    np.testing.assert_array_equal(next_memory(None, [bank], METHOD).memory.items, bank.items)
+    np.testing.assert_array_equal(next_memory(None, {"a": bank}, ["a"], METHOD).memory.items, bank.items)
+
+
+def small_bank(*places: float) -> MemoryBank:
+    items = np.array(places, np.float32)[:, None]
+    return MemoryBank(items, np.full((len(items), 1), 3, np.float32), np.zeros(len(items), np.float32))
+
+
+def test_a_memory_keeps_from_round_to_round_which_site_an_item_comes_from() -> None:
+    first = next_memory(None, {"b": small_bank(1), "a": small_bank(0)}, ["a", "b"], METHOD).memory
+    assert dict(zip(first.items[:, 0].tolist(), first.weights.tolist(), strict=True)) == {0: [3, 0], 1: [0, 3]}
+    second = next_memory(first, {"b": small_bank(2), "c": small_bank(3)}, ["a", "b", "c"], METHOD).memory
+    assert dict(zip(second.items[:, 0].tolist(), second.weights.tolist(), strict=True)) == {
+        0: [3, 0, 0],
+        1: [0, 3, 0],
+        2: [0, 3, 0],
+        3: [0, 0, 3],
+    }
+
+
+def test_items_that_are_merged_come_from_all_the_sites_behind_them() -> None:
+    banks = {"a": small_bank(0, 10), "b": small_bank(0.1, 20)}
+    merged = next_memory(None, banks, ["a", "b"], method(memory_items=3)).memory
+    places = merged.items[:, 0].round().tolist()
+    assert dict(zip(places, merged.weights.tolist(), strict=True)) == {0: [3, 3], 10: [3, 0], 20: [0, 3]}
+
+
+def test_without_origins_the_memory_does_not_tell_sites_apart() -> None:
+    chosen = method(origins=False)
+    first = next_memory(None, {"a": small_bank(0), "b": small_bank(1)}, ["a", "b"], chosen).memory
+    assert first.weights.tolist() == [[3], [3]]
+    assert next_memory(first, {"c": small_bank(2)}, ["a", "b", "c"], chosen).memory.weights.tolist() == [[3]] * 3
+
+
+def test_the_number_of_origins_is_bounded() -> None:
+    sites = [f"site{number:03}" for number in range(MAX_ORIGINS + 2)]
+    banks = {site: small_bank(number) for number, site in enumerate(sites)}
+    memory = next_memory(None, banks, sites, method(memory_items=1000)).memory
+    assert memory.weights.shape == (len(sites), MAX_ORIGINS)
+    assert [row.nonzero()[0].tolist() for row in memory.weights[[0, 1, 63, 64, 65]]] == [[0], [1], [63], [0], [1]]
 
 
 @pytest.mark.parametrize("items", [1, 10, 60])

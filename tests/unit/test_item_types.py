@@ -20,7 +20,7 @@ TYPES = pytest.mark.parametrize("item_type", ["uint8", "float16"])
 
 def bank(items: FloatArray) -> MemoryBank:
     weights = np.arange(1, len(items) + 1, dtype=np.float32)
-    return MemoryBank(items=items, weights=weights, spreads=weights / np.float32(7))
+    return MemoryBank(items=items, weights=weights[:, None], spreads=weights / np.float32(7))
 
 
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=6), elements=MODERATE))

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from feddymem import patches
+from feddymem.distances import nearest_items
 from feddymem.generator import MemoryGenerator
 from feddymem.local_update import LocalUpdate, local_update, new_generator
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import nearest_items, reduce
+from feddymem.memory_reduce import reduce
 from feddymem.method import Method
 from feddymem.patches import PatchArray
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feddymem import memory_reduce, patches
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import greedy_cover, nearest_items, reduce, sample
+from feddymem.memory_reduce import greedy_cover, reduce, sample
 from feddymem.patches import PatchArray
 
 Points = NDArray[np.floating]
@@ -70,7 +70,7 @@ def in_blocks_of(count: int, features: NDArray[np.float32]) -> mock._patch[int]:
 
 def bank_of(items: Points) -> MemoryBank:
     ones = np.ones(len(items), np.float32)
-    return MemoryBank(items=items.astype(np.float32), weights=ones, spreads=0 * ones)
+    return MemoryBank(items=items.astype(np.float32), weights=ones[:, None], spreads=0 * ones)
 
 
 def radius(features: Points, items: Points) -> float:
@@ -122,17 +122,6 @@ def test_greedy_cover_picks_nothing_where_the_base_has_every_point() -> None:
     assert (picks.tolist(), picks.dtype) == ([], torch.int64)
 
 
-def test_nearest_items_gives_distance_and_index_for_any_number_of_patches() -> None:
-    rng = np.random.default_rng(0)
-    points, items = rng.normal(size=(20, 5)).astype(np.float32), rng.normal(size=(7, 5)).astype(np.float32)
-    squared = squared_distances(points, items)
-    for rows in (1, 3, 20, 100):
-        with mock.patch.object(memory_reduce, "_DISTANCE_BYTES", 4 * len(items) * rows):
-            distances, indices = nearest_items(torch.from_numpy(points), torch.from_numpy(items))
-        assert indices.tolist() == squared.argmin(1).tolist()
-        np.testing.assert_allclose(distances.numpy(), np.sqrt(squared.min(1)), rtol=1e-4)
-
-
 def test_items_are_the_averages_of_their_cells_with_weight_and_spread() -> None:
     features = images(8)
     flat = features.reshape(-1, 6).astype(np.float64)
@@ -143,7 +132,7 @@ def test_items_are_the_averages_of_their_cells_with_weight_and_spread() -> None:
     for number in range(20):
         members = flat[cells == number]
         np.testing.assert_allclose(bank.items[number], members.mean(0), rtol=1e-4, atol=1e-5)
-        assert bank.weights[number] == len(members)
+        assert bank.patches[number] == len(members)
         spread = np.sqrt(((members - members.mean(0)) ** 2).sum(1).mean())
         assert bank.spreads[number] == pytest.approx(spread, rel=1e-4, abs=1e-5)
 
@@ -183,7 +172,7 @@ def test_a_rare_patch_keeps_an_item_of_its_own(per_block: int, place: int) -> No
     with in_blocks_of(per_block, features):
         bank = reduce(PatchArray(features), 10)
     rare = (bank.items == 50).all(1)
-    assert bank.weights[rare].tolist() == [1]
+    assert bank.patches[rare].tolist() == [1]
 
 
 @pytest.mark.parametrize("per_block", [1, 2, 100])
@@ -193,7 +182,7 @@ def test_fewer_items_come_back_where_there_are_fewer_distinct_patches(per_block:
     with in_blocks_of(per_block, features):
         bank = reduce(PatchArray(features), 60)
     assert len(bank) == 9
-    assert bank.weights.tolist() == [16] * 9
+    assert bank.patches.tolist() == [16] * 9
     assert radius(features, bank.items) == pytest.approx(0, abs=1e-4)
     np.testing.assert_allclose(bank.spreads, 0, atol=1e-4)
 
@@ -220,7 +209,7 @@ def test_patches_nearest_to_a_known_item_are_left_to_it() -> None:
     flat = features.reshape(-1, 6)
     picks = plain_greedy(flat, 15, known.items)
     cells = squared_distances(flat, np.concatenate([flat[picks], known.items])).argmin(1)
-    np.testing.assert_array_equal(bank.weights, np.bincount(cells, minlength=31)[:15])
+    np.testing.assert_array_equal(bank.patches, np.bincount(cells, minlength=31)[:15])
     np.testing.assert_allclose(bank.items[4], flat[cells == 4].mean(0), rtol=1e-4, atol=1e-5)
 
 
@@ -294,7 +283,7 @@ def test_a_sample_of_more_than_there_is_keeps_every_patch() -> None:
     features = images(2)
     bank = sample(PatchArray(features), 100, seed=0)
     np.testing.assert_array_equal(bank.items, features.reshape(-1, 6))
-    assert bank.weights.tolist() == [1] * 32
+    assert bank.patches.tolist() == [1] * 32
 
 
 def test_a_sample_passes_through_the_transform() -> None:

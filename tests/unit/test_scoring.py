@@ -15,7 +15,7 @@ from feddymem.backbone import FeatureExtractor
 from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
-from feddymem.scoring import Scorer, anomaly_map, heatmap
+from feddymem.scoring import Scorer, anomaly_map, heatmap, of_one_origin
 
 GRID, CHANNELS = 4, 2
 GRIDS = hnp.arrays(np.float32, (6, 6), elements=st.floats(0, 10, width=16))
@@ -52,7 +52,7 @@ def small_extractor() -> FeatureExtractor:
 
 def memory(*items: tuple[float, ...], spread: float = 0.5) -> MemoryBank:
     ones = np.ones(len(items), np.float32)
-    return MemoryBank(items=np.array(items, np.float32), weights=ones, spreads=spread * ones)
+    return MemoryBank(items=np.array(items, np.float32), weights=ones[:, None], spreads=spread * ones)
 
 
 def scorer(*items: tuple[float, ...], generator: MemoryGenerator | None = None) -> Scorer:
@@ -91,6 +91,71 @@ def test_images_score_the_same_alone_and_in_a_batch() -> None:
         (alone,) = chosen.inspect_features(features[index : index + 1])
         assert alone.score == pytest.approx(inspection.score, rel=1e-5)
         np.testing.assert_allclose(alone.distances, inspection.distances, rtol=1e-5, atol=1e-6)
+
+
+def of_two_sites(*items: tuple[float, ...], sites: list[list[int]]) -> Scorer:
+    """A scorer of items that each come from the sites (0, 1 or both) named."""
+    weights = np.array([[site in mine for site in (0, 1)] for mine in sites], np.float32)
+    bank = MemoryBank(np.array(items, np.float32), weights, np.zeros(len(items), np.float32))
+    return Scorer(small_extractor(), bank, None)
+
+
+def test_an_item_of_a_site_that_is_nothing_like_the_image_does_not_hide_a_defect() -> None:
+    """The image is of the first site; its last patch looks like a part that only the second site has."""
+    features = torch.zeros(1, GRID * GRID, CHANNELS)
+    features[0, 15] = torch.tensor([30.0, 0.0])
+    items = ((0, 0), (30, 0), (20, 20))
+    (apart,) = of_two_sites(*items, sites=[[0], [1], [1]]).inspect_features(features)
+    (alike,) = of_two_sites(*items, sites=[[0, 1], [1], [1]]).inspect_features(features)
+    assert apart.distances[3, 3] == pytest.approx(30)
+    assert alike.distances[3, 3] == pytest.approx(0, abs=1e-3)
+
+
+def test_an_image_may_be_explained_by_several_sites_that_are_alike() -> None:
+    """Each site has seen half of what the image shows."""
+    features = torch.zeros(1, GRID * GRID, CHANNELS)
+    features[0, ::2, 0], features[0, 1::2, 1] = 10, 10
+    (inspection,) = of_two_sites((10, 0), (0, 10), sites=[[0], [1]]).inspect_features(features)
+    np.testing.assert_allclose(inspection.distances, 0, atol=1e-2)
+
+
+def test_origins_without_items_do_not_matter() -> None:
+    features = torch.randn(3, GRID * GRID, CHANNELS, generator=torch.Generator().manual_seed(0))
+    plain = scorer((0, 0), (1, 1)).inspect_features(features)
+    placed = Scorer(small_extractor(), memory((0, 0), (1, 1)).placed(1, 3), None).inspect_features(features)
+    assert [inspection.score for inspection in placed] == [inspection.score for inspection in plain]
+
+
+SQUARED = hnp.arrays(np.float32, (3, 2, 10), elements=st.floats(0, 100, width=16))
+
+
+@given(SQUARED)
+def test_a_price_is_paid_only_for_origins_that_explain_the_image_worse(squared: NDArray[np.float32]) -> None:
+    """Never nearer than the nearest item of all, never farther than the nearest of the best origin."""
+    values = torch.from_numpy(squared)
+    got = of_one_origin(values)
+    best = values.topk(3, dim=2).values.mean(2).argmin(0)
+    assert (got >= values.amin(0)).all()
+    for image, origin in enumerate(best.tolist()):
+        assert (got[image] <= values[origin, image] + 1e-4).all()
+
+
+@given(SQUARED)
+def test_the_order_of_origins_does_not_matter(squared: NDArray[np.float32]) -> None:
+    values = torch.from_numpy(squared)
+    torch.testing.assert_close(of_one_origin(values.flip(0)), of_one_origin(values))
+
+
+@given(SQUARED)
+def test_images_have_origins_of_their_own(squared: NDArray[np.float32]) -> None:
+    values = torch.from_numpy(squared)
+    alone = torch.cat([of_one_origin(values[:, image : image + 1]) for image in range(values.shape[1])])
+    torch.testing.assert_close(of_one_origin(values), alone)
+
+
+@given(hnp.arrays(np.float32, (1, 2, 10), elements=st.floats(0, 100, width=16)))
+def test_one_origin_costs_nothing(squared: NDArray[np.float32]) -> None:
+    torch.testing.assert_close(of_one_origin(torch.from_numpy(squared)), torch.from_numpy(squared[0]), rtol=0, atol=0)
 
 
 def test_images_are_scored_by_their_features() -> None:

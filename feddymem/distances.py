@@ -1,0 +1,63 @@
+"""Exact distances of patches to items, in blocks of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_DISTANCE_BYTES = 32 * 2**20
+"""Bound of the distances held at a time, whatever the number of patches and items."""
+
+
+def squared_distances(points: Tensor, squares: Tensor, centres: Tensor) -> Tensor:
+    """(n, m) squared distances of (n, channels) points, whose squared lengths are known, to (m, channels) centres."""
+    cross = torch.addmm((centres * centres).sum(1)[None], points, centres.T, alpha=-2)
+    return (cross + squares[:, None]).clamp_min(0)
+
+
+def nearest_items(patches: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to, and index of, the item nearest to each patch.
+
+    Args:
+        patches: (n, channels) float32.
+        items: (m, channels) float32.
+
+    Returns:
+        (n,) float32 Euclidean distances and (n,) int64 indices.
+    """
+    squares = (patches * patches).sum(1)
+    item_squares = (items * items).sum(1)
+    distances, indices = torch.empty_like(squares), torch.empty(len(patches), dtype=torch.int64, device=patches.device)
+    for rows in _blocks(len(patches), len(items)):
+        best, indices[rows] = torch.addmm(item_squares[None], patches[rows], items.T, alpha=-2).min(1)
+        distances[rows] = (best + squares[rows]).clamp_min(0).sqrt()
+    return distances, indices
+
+
+def nearest_of_each(patches: Tensor, items: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    """Squared distance of each patch to the nearest item of each of several groups of items.
+
+    Args:
+        patches: (n, channels) float32.
+        items: (m, channels) float32.
+        groups: int64 indices of items, none of them empty; groups may overlap.
+
+    Returns:
+        (groups, n) float32.
+    """
+    squares = (patches * patches).sum(1)
+    item_squares = (items * items).sum(1)
+    nearest = squares.new_empty(len(groups), len(patches))
+    for rows in _blocks(len(patches), len(items)):
+        # Items come first, so that taking a group's copies whole rows.
+        cross = torch.addmm(item_squares[:, None], items, patches[rows].T, alpha=-2)
+        for number, group in enumerate(groups):
+            nearest[number, rows] = cross[group].amin(0)
+    return (nearest + squares).clamp_min(0)
+
+
+def _blocks(patches: int, items: int) -> Iterator[slice]:
+    step = max(1, _DISTANCE_BYTES // (4 * items))
+    return (slice(start, start + step) for start in range(0, patches, step))
