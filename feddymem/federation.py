@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ def next_memory(
         method: the federation's method.
     """
     origins = min(len(sites), MAX_ORIGINS) if method.origins else 1
+    if memory is not None and not method.origins:  # as where it was switched off between two rounds
+        memory = dataclasses.replace(memory, weights=memory.weights.sum(1, keepdims=True))
     parts = [] if memory is None else [memory.placed(0, origins)]
     parts += [bank.placed(sites.index(site) % origins, origins) for site, bank in sorted(banks.items())]
     return aggregate(parts, method.memory_items, method.seed, method.weighted)

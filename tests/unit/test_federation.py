@@ -139,6 +139,12 @@ def test_without_origins_the_memory_does_not_tell_sites_apart() -> None:
     assert next_memory(first, {"c": small_bank(2)}, ["a", "b", "c"], chosen).memory.weights.tolist() == [[3]] * 3
 
 
+def test_origins_can_be_switched_off_between_two_rounds() -> None:
+    first = next_memory(None, {"a": small_bank(0), "b": small_bank(1)}, ["a", "b"], METHOD).memory
+    second = next_memory(first, {"a": small_bank(2)}, ["a", "b"], method(origins=False)).memory
+    assert second.weights.tolist() == [[3]] * 3
+
+
 def test_the_number_of_origins_is_bounded() -> None:
     sites = [f"site{number:03}" for number in range(MAX_ORIGINS + 2)]
     banks = {site: small_bank(number) for number, site in enumerate(sites)}
