@@ -94,6 +94,7 @@ class Experiment:
     Attributes:
         data: the data set, as it was named.
         feature_space: of the patch features.
+        method: the default that methods start from; each run has a seed of its own.
         seeds: seeds of the method, and of the choice of images.
         train_images: normal images of each site that were used; None for all.
         results: by the method's name; of those that are done.
@@ -101,6 +102,7 @@ class Experiment:
 
     data: str
     feature_space: FeatureSpace
+    method: Method
     seeds: tuple[int, ...]
     train_images: int | None
     results: dict[str, Result]

@@ -114,6 +114,9 @@ def evaluate(
     train_images: Annotated[
         int | None, typer.Option(min=1, help="Normal images of each site to use, drawn by the seed; without it, all.")
     ] = None,
+    memory_items: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="Items of the global memory, at most; without it, the default.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps patch features, up to 4 GiB; without it, the user's cache.")
     ] = None,
@@ -127,11 +130,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Compare methods on a data set, in this process, and write a report."""
+    from feddymem.method import Method
     from services.evaluate.main import Backbone
     from services.evaluate.main import evaluate as run
 
     chosen = Backbone(backbone, checkpoint, input_size, tile_size, tile_overlap, device)
-    raise typer.Exit(run(data, out, methods, seeds, train_images, cache, chosen))
+    method = Method() if memory_items is None else Method(memory_items=memory_items)
+    raise typer.Exit(run(data, out, methods, seeds, train_images, method, cache, chosen))
 
 
 def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:

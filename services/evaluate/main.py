@@ -79,6 +79,7 @@ def evaluate(
     methods: str,
     seeds: str,
     train_images: int | None,
+    method: Method,
     cache: Path | None,
     backbone: Backbone,
 ) -> int:
@@ -92,8 +93,8 @@ def evaluate(
         extractor = backbone.load()
         features = FeatureCache(cache or default_folder(), extractor)
         out.mkdir(parents=True, exist_ok=True)  # before hours of work, should it not be possible
-        for results in _results(sites, names, numbers, train_images, features, console):
-            experiment = Experiment(str(data), extractor.feature_space, numbers, train_images, results)
+        for results in _results(sites, names, numbers, train_images, method, features, console):
+            experiment = Experiment(str(data), extractor.feature_space, method, numbers, train_images, results)
             write_report(experiment, out)
     except (InvalidChoiceError, DatasetError, ImageError, OSError) as error:
         console.print(f"feddymem evaluate: {error}", markup=False)
@@ -151,6 +152,7 @@ def _results(
     names: tuple[str, ...],
     seeds: tuple[int, ...],
     train_images: int | None,
+    method: Method,
     cache: FeatureCache,
     console: Console,
 ) -> Iterator[dict[str, Result]]:
@@ -164,7 +166,8 @@ def _results(
         for name in names:
             runs = []
             for seed in seeds_run(name, seeds, train_images):
-                runs.append(run(drawn(sites, train_images, seed), name, Method(seed=seed), cache, show))
+                seeded = method.model_copy(update={"seed": seed})
+                runs.append(run(drawn(sites, train_images, seed), name, seeded, cache, show))
                 bars.advance(overall)
                 auroc, seconds = runs[-1].mean["image_auroc"], runs[-1].mean["seconds"]
                 console.print(f"{name}, seed {seed}: image AUROC {auroc:.3f}, {seconds:.0f} s", highlight=False)

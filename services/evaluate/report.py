@@ -50,6 +50,7 @@ def as_json(experiment: Experiment) -> dict[str, object]:
         "data": experiment.data,
         "seeds": list(experiment.seeds),
         "train_images": experiment.train_images,
+        "method": experiment.method.model_dump(exclude={"seed"}),
         "fingerprint": experiment.feature_space.fingerprint,
         "feature_space": asdict(experiment.feature_space),
         "methods": {

@@ -48,6 +48,19 @@ def test_it_reports_every_method_and_site(data: Path, tmp_path: Path) -> None:
     assert "running-average" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_the_memory_has_the_size_asked_for(data: Path, tmp_path: Path) -> None:
+    """With one item it tells normal from defect less well."""
+    figures = []
+    for items in ("1", "4000"):
+        out = tmp_path / items
+        finished = evaluate(data, out, "--methods", "feddymem", "--memory-items", items)
+        assert finished.returncode == 0, finished.stderr
+        report = json.loads((out / "report.json").read_text())
+        assert report["method"]["memory_items"] == int(items)
+        figures.append(report["methods"]["feddymem"]["pixel_auroc"])
+    assert figures[0] < figures[1]
+
+
 def test_a_wrong_flag_is_a_usage_error(data: Path, tmp_path: Path) -> None:
     finished = evaluate(data, tmp_path / "out", "--checkpoint", "missing.safetensors")
     assert (finished.returncode, "missing.safetensors" in finished.stderr) == (2, True), finished.stderr

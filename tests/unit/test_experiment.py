@@ -122,7 +122,7 @@ def experiment(small: FeatureExtractor) -> Experiment:
         "feddymem": Result((Run({"a": known, "b": unknown}), Run({"a": known, "b": known}))),
         "pooled": Result((Run({"a": unknown, "b": unknown}),)),
     }
-    return Experiment("<parts>", small.feature_space, (0, 1), None, results)
+    return Experiment("<parts>", small.feature_space, Method(), (0, 1), None, results)
 
 
 def test_the_json_report_has_a_value_for_every_figure_and_null_for_what_is_not_known(experiment: Experiment) -> None:
