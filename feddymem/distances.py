@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _DISTANCE_BYTES = 32 * 2**20
-"""Bound of the distances held at a time, whatever the number of patches and items."""
+"""Bound of the distances of a block of patches to all items; those to a group of items are held beside them."""
 
 
 def squared_distances(points: Tensor, squares: Tensor, centres: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def nearest_of_each(patches: Tensor, items: Tensor, groups: Sequence[Tensor]) ->
     Args:
         patches: (n, channels) float32.
         items: (m, channels) float32.
-        groups: int64 indices of items, none of them empty; groups may overlap.
+        groups: int64 indices of items, each once in a group, and no group empty; groups may overlap.
 
     Returns:
         (groups, n) float32.
@@ -51,10 +51,10 @@ def nearest_of_each(patches: Tensor, items: Tensor, groups: Sequence[Tensor]) ->
     item_squares = (items * items).sum(1)
     nearest = squares.new_empty(len(groups), len(patches))
     for rows in _blocks(len(patches), len(items)):
-        # Items come first, so that taking a group's copies whole rows.
+        # Items come first, so that taking a group's copies whole rows; a group of all items needs no copy.
         cross = torch.addmm(item_squares[:, None], items, patches[rows].T, alpha=-2)
         for number, group in enumerate(groups):
-            nearest[number, rows] = cross[group].amin(0)
+            nearest[number, rows] = (cross if len(group) == len(items) else cross[group]).amin(0)
     return (nearest + squares).clamp_min(0)
 
 

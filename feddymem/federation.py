@@ -46,7 +46,8 @@ def next_memory(
         banks: the banks of the round, by the site's name.
         sites: names of all sites of which the memory or the round has a bank. A site's place is its origin in the
             memory; it must stay the same from round to round. Beyond MAX_ORIGINS, sites share one.
-        method: the federation's method.
+        method: the federation's method. Origins may be switched off from a round on, but not on: what the memory has
+            already would count as the first site's.
     """
     origins = min(len(sites), MAX_ORIGINS) if method.origins else 1
     if memory is not None and not method.origins:  # as where it was switched off between two rounds

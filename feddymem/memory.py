@@ -23,8 +23,8 @@ class MemoryBank:
 
     Attributes:
         items: (n, channels) float32; points in the feature space.
-        weights: (n, origins) float32; patches of each origin behind each item, 0 or at least 1, not all of them 0. An
-            origin is a site (ours).
+        weights: (n, origins) float32; patches of each origin that were averaged into each item, 0 or at least 1, not
+            all of them 0. An origin is a site (ours).
         spreads: (n,) float32; root mean squared distance of those patches to the item, in units of the items.
 
     Raises:

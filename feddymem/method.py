@@ -31,7 +31,7 @@ class Method(BaseModel):
     bank_items: int = Field(default=1568, ge=1, le=65_536, description="items of a site's reduced bank, at most")
     memory_items: int = Field(default=12_288, ge=1, le=1_048_576, description="items of the global memory, at most")
     origins: bool = Field(
-        default=True, description="keep which items come from one site, for scores that take an image to be of one"
+        default=True, description="keep which sites' patches are behind an item; an image is scored as one site's"
     )
     rounds: int = Field(default=2, ge=1, le=1_000, description="rounds until the federation is done; 1 is one shot")
     weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")

@@ -40,7 +40,7 @@ class Inspection:
 
     Attributes:
         score: mean of the largest patch distances, in units of the feature space; >= 0.
-        distances: (grid, grid) float32, distance of each patch to its nearest item, see `of_one_origin`.
+        distances: (grid, grid) float32, distance of each patch to the memory, see `of_one_origin`.
     """
 
     score: float

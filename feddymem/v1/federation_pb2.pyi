@@ -88,7 +88,7 @@ class Method(_message.Message):
     weighted: _builtins.bool
     """Whether k-means weights items by the number of patches behind them."""
     origins: _builtins.bool
-    """Whether the global memory keeps which items come from one site, for scores that take an image to be of one."""
+    """Whether the global memory keeps which sites' patches are behind an item; an image is scored as one site's."""
     def __init__(
         self,
         *,
@@ -254,7 +254,8 @@ class GlobalMemory(_message.Message):
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_array_pb2.Array]:
         """"items" (n, channels), "weights" (n, origins) in patches, "spreads" (n) in units of the items. An origin is a
-        site, without its name, or several where there are more than 64; 0 where no patch of it is behind the item.
+        site, or several where there are more than 64; 0 where no patch of it is behind the item. Origins have no names,
+        but are in the order of the sites' first rounds and names: who knows which sites take part can tell whose is whose.
         """
 
     def __init__(

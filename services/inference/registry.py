@@ -61,6 +61,7 @@ class Registry:
         self._memories: dict[str, Release] = {}
         self._generators: dict[tuple[str, str], list[Release]] = {}
         self._active: dict[tuple[str, str], Active] = {}
+        self._device = resolve_device(settings.device)
         self._extractors: dict[str, FeatureExtractor] = {}
         self._swap = asyncio.Lock()
         self.changes = Changes()
@@ -222,7 +223,7 @@ class Registry:
                     space.input_size,
                     space.tile_size,
                     space.tile_overlap,
-                    resolve_device(self._settings.device),
+                    self._device,
                 )
             except (ValueError, FileNotFoundError) as error:
                 raise precondition(

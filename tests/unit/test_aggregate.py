@@ -12,11 +12,11 @@ from feddymem.aggregate import Aggregation, aggregate
 from feddymem.memory import MemoryBank
 
 
-def bank(count: int, channels: int = 5, seed: int = 0, shift: float = 0) -> MemoryBank:
+def bank(count: int, channels: int = 5, seed: int = 0, shift: float = 0, origins: int = 1) -> MemoryBank:
     rng = np.random.default_rng(seed)
     return MemoryBank(
         items=rng.normal(shift, 1, (count, channels)).astype(np.float32),
-        weights=rng.integers(1, 50, (count, 1)).astype(np.float32),
+        weights=rng.integers(1, 50, (count, origins)).astype(np.float32),
         spreads=rng.gamma(2, 0.1, count).astype(np.float32),
     )
 
@@ -50,16 +50,17 @@ def test_no_patch_is_lost_and_the_memory_is_bounded(sizes: list[int], count: int
     assert merged.weights.sum() == sum(each.weights.sum() for each in banks)
 
 
+@pytest.mark.parametrize("origins", [1, 3])
 @pytest.mark.parametrize("count", [1, 2, 10, 59])
-def test_weights_spreads_and_inertia_are_those_of_the_items_behind_each(count: int) -> None:
-    pool = MemoryBank.concatenate([bank(30, seed=1), bank(30, seed=2, shift=4)])
+def test_weights_spreads_and_inertia_are_those_of_the_items_behind_each(count: int, origins: int) -> None:
+    pool = MemoryBank.concatenate([bank(30, seed=1, origins=origins), bank(30, seed=2, shift=4, origins=origins)])
     merged = aggregate([pool], count)
     squared = squared_distances(pool.items, merged.memory.items)
     cells = squared.argmin(1)
     for number in range(len(merged.memory)):
         mine = cells == number
         weights = pool.patches[mine]
-        assert merged.memory.weights[number].tolist() == [weights.sum()]
+        assert merged.memory.weights[number].tolist() == pool.weights[mine].sum(0).tolist()
         scatter = pool.spreads[mine].astype(np.float64) ** 2 + squared[mine, number]
         assert merged.memory.spreads[number] == pytest.approx(
             np.sqrt((weights * scatter).sum() / weights.sum()), rel=1e-3
@@ -133,10 +134,16 @@ def test_banks_of_different_channels_are_refused(count: int) -> None:
         aggregate([bank(3, channels=5), bank(3, channels=4)], count)
 
 
-def test_weighted_items_pull_the_merged_item_towards_the_heavier() -> None:
+def test_banks_of_different_origins_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"different numbers of origins: \[1, 2\]"):
+        aggregate([bank(3), bank(3, origins=2)], 10)
+
+
+@pytest.mark.parametrize("weights", [[[9], [1], [1]], [[1, 8], [1, 0], [1, 0]]])
+def test_weighted_items_pull_the_merged_item_towards_the_heavier(weights: list[list[float]]) -> None:
     bank = MemoryBank(
         items=np.array([[0.0], [1.0], [9.0]], np.float32),
-        weights=np.array([[9], [1], [1]], np.float32),
+        weights=np.array(weights, np.float32),
         spreads=np.zeros(3, np.float32),
     )
     plain, weighted = (sorted(aggregate([bank], 2, weighted=w).memory.items[:, 0].tolist()) for w in (False, True))

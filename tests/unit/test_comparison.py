@@ -90,6 +90,25 @@ def test_a_federation_counts_the_bytes_of_every_round(sites: Sites) -> None:
     assert sent[0] == METHOD.bank_bytes(METHOD.bank_items, CHANNELS)
 
 
+@pytest.mark.parametrize(("name", "origins"), [("feddymem", 2), ("without-origins", 1), ("local", 1), ("pooled", 1)])
+def test_the_memory_has_an_origin_for_each_site_where_a_method_tells_them_apart(
+    name: str, origins: int, sites: Sites
+) -> None:
+    for detector in CONTENDERS[name].detectors(sites, METHOD, no_progress, "cpu").values():
+        assert detector.memory.origins == origins
+
+
+@pytest.mark.parametrize("name", ["feddymem", "local", "fedavg", "running-average", "without-memory-reduce"])
+def test_a_memory_is_rounded_as_on_the_wire(name: str, sites: Sites) -> None:
+    items = CONTENDERS[name].detectors(sites, METHOD, no_progress, "cpu")["a"].memory.items
+    np.testing.assert_array_equal(items, items.astype(np.float16).astype(np.float32))
+
+
+def test_pooled_takes_every_patch_in_half_floats(sites: Sites) -> None:
+    sent = {name: detector.bytes_sent for name, detector in pooled(sites, METHOD).items()}
+    assert sent == {"a": (12 * GRID * GRID * CHANNELS * 2,), "b": (6 * GRID * GRID * CHANNELS * 2,)}
+
+
 def test_a_site_alone_keeps_as_many_of_its_own_patches_as_it_would_send(sites: Sites) -> None:
     detectors = alone(sites, METHOD)
     for name, detector in detectors.items():

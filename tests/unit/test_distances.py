@@ -39,7 +39,7 @@ def test_nearest_items_gives_distance_and_index(rows: int) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 def test_nearest_of_each_looks_at_the_items_of_one_group_at_a_time(rows: int) -> None:
     points, items, squared = points_and_items()
-    groups = [[0, 1, 2], [2, 6], [3]]
+    groups = [[0, 1, 2], [2, 6], [3], [0, 1, 2, 3, 4, 5, 6]]
     with blocks_of(rows, items):
         found = nearest_of_each(
             torch.from_numpy(points), torch.from_numpy(items), [torch.tensor(group) for group in groups]

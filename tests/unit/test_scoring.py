@@ -112,9 +112,9 @@ def test_an_item_of_a_site_that_is_nothing_like_the_image_does_not_hide_a_defect
 
 
 def test_an_image_may_be_explained_by_several_sites_that_are_alike() -> None:
-    """Each site has seen half of what the image shows."""
+    """Each site has seen a part of what the image shows, one of them more than the other."""
     features = torch.zeros(1, GRID * GRID, CHANNELS)
-    features[0, ::2, 0], features[0, 1::2, 1] = 10, 10
+    features[0, :12, 0], features[0, 12:, 1] = 10, 10
     (inspection,) = of_two_sites((10, 0), (0, 10), sites=[[0], [1]]).inspect_features(features)
     np.testing.assert_allclose(inspection.distances, 0, atol=1e-2)
 
@@ -127,6 +127,20 @@ def test_origins_without_items_do_not_matter() -> None:
 
 
 SQUARED = hnp.arrays(np.float32, (3, 2, 10), elements=st.floats(0, 100, width=16))
+
+
+@given(SQUARED)
+def test_the_distances_are_those_of_the_equation(squared: NDArray[np.float32]) -> None:
+    """As docs/method.md has it, in plain numpy; 3 of 10 patches are the largest 30 %."""
+
+    def evidence(values: NDArray[np.float64]) -> float:
+        return float(np.sort(values)[-3:].mean())
+
+    for image, got in enumerate(of_one_origin(torch.from_numpy(squared)).numpy()):
+        values = squared[:, image].astype(np.float64)
+        each, together = [evidence(origin) for origin in values], evidence(values.min(0))
+        prices = [8 * max(0, mine - min(each) - 1.5 * (min(each) - together)) for mine in each]
+        np.testing.assert_allclose(got, (values + np.array(prices)[:, None]).min(0), rtol=1e-4, atol=1e-3)
 
 
 @given(SQUARED)
