@@ -88,8 +88,10 @@ class Registry:
     async def receive(self, release: Release) -> None:
         """Takes a release whose arrays are in the store, and activates it.
 
+        It is written only then: on disk is what this service can score with, and a publisher sends it again.
+
         Raises:
-            Refusal: the release does not fit this service; what is active stays.
+            Refusal: the release does not fit this service; what is active stays, on disk too.
         """
         if release.kind not in (RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR):
             raise invalid(
@@ -98,11 +100,16 @@ class Registry:
         if self._settings.federations and release.federation not in self._settings.federations:
             return
         async with self._swap:
+            before = dict(self._memories), dict(self._generators)
             replaced = self._note(release)
+            try:
+                await self._activate(release.federation)
+            except BaseException:
+                self._memories, self._generators = before
+                raise
             await asyncio.to_thread(
                 write_atomically, self._path(release), release.SerializeToString(deterministic=True)
             )
-            await self._activate(release.federation)
             await asyncio.to_thread(self._forget, replaced)
 
     def find(self, federation: str, site: str) -> Active:

@@ -25,23 +25,8 @@ from feddymem.v1.federation_pb2 import (
 )
 from services.runtime.arrays import WireArray, bank_to_wire, chunks
 from services.runtime.messages import feature_space_to_message
+from tests.feature_spaces import SPACE
 
-SPACE = FeatureSpace(
-    backbone="tf_efficientnet_lite0",
-    weights_sha256="0" * 64,
-    layers=(2, 3),
-    reductions=(8, 16),
-    input_size=32,
-    tile_size=32,
-    tile_overlap=0,
-    mean=(127.0, 127.0, 127.0),
-    std=(128.0, 128.0, 128.0),
-    pooling=3,
-    context_weight=1.25,
-    border_weight=0.6875,
-    channels=16,
-    grid=4,
-)
 TIMEOUT_SECONDS = 30
 
 

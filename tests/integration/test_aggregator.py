@@ -27,8 +27,9 @@ from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleases
 from services.demo.processes import Fleet
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks, encode
 from services.runtime.messages import feature_space_to_message
+from tests.feature_spaces import SPACE
 from tests.integration.conftest import StartAggregator
-from tests.integration.fake_site import SPACE, TIMEOUT_SECONDS, FakeSite, make_bank
+from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
 
 METHOD = {"generator": True, "bank_items": 30, "memory_items": 32, "rounds": 2, "item_type": "float16"}
 FEDERATIONS = [f"parts-{number:02}" for number in range(20)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from torch.nn import functional
 
 from feddymem import network
 from feddymem.backbone import FeatureExtractor, load_extractor, resolve_device
-from feddymem.feature_space import FeatureSpace
 from feddymem.images import from_raw
 from feddymem.network import EMBEDDED_BACKBONE
+from tests.feature_spaces import SPACE
 
 ESPRESSO, CATS, MISSILE = {967}, {281, 282, 283, 284, 285}, {657}
 
@@ -160,22 +161,7 @@ def doubled(maps: NDArray[np.float64]) -> NDArray[np.float64]:
 def test_a_feature_is_a_patch_and_the_mean_of_its_neighbours_in_turned_channels(pooling: int, channels: int) -> None:
     rng = np.random.default_rng(0)
     fine, coarse = rng.normal(size=(4, 6, 6)), rng.normal(size=(channels - 4, 3, 3))
-    space = FeatureSpace(
-        backbone="none",
-        weights_sha256="",
-        layers=(2, 3),
-        reductions=(8, 16),
-        input_size=48,
-        tile_size=48,
-        tile_overlap=0,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        pooling=pooling,
-        context_weight=1.25,
-        border_weight=0.6875,
-        channels=channels,
-        grid=6,
-    )
+    space = dataclasses.replace(SPACE, input_size=48, tile_size=48, pooling=pooling, channels=channels, grid=6)
     network = Maps(*(torch.from_numpy(m[None]).float() for m in (fine, coarse)))
     features = FeatureExtractor(network, space)(torch.zeros(2, 3, 48, 48)).numpy()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import grpc
@@ -10,7 +11,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.method import Method
 from services.runtime.arrays import encode
@@ -23,22 +23,13 @@ from services.runtime.messages import (
     method_from_message,
     method_to_message,
 )
+from tests import feature_spaces
 
-SPACE = FeatureSpace(
-    backbone="resnet18",
-    weights_sha256="ab" * 32,
-    layers=(2, 3),
-    reductions=(8, 16),
-    input_size=64,
-    tile_size=64,
-    tile_overlap=0,
+SPACE = dataclasses.replace(
+    feature_spaces.SPACE,
     mean=(123.0, 116.5, float(np.float32(0.406 * 255))),
     std=(58.0, 57.0, float(np.float32(0.225 * 255))),
-    pooling=3,
-    context_weight=1.25,
-    border_weight=0.6875,
     channels=6,
-    grid=4,
 )
 
 

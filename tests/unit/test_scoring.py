@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from feddymem.backbone import FeatureExtractor
-from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.scoring import Scorer, anomaly_map, heatmap, of_one_origin
+from tests.feature_spaces import SPACE
 
 GRID, CHANNELS = 4, 2
 GRIDS = hnp.arrays(np.float32, (6, 6), elements=st.floats(0, 10, width=16))
@@ -31,21 +33,8 @@ class Pixels(nn.Module):
 def small_extractor() -> FeatureExtractor:
     return FeatureExtractor(
         Pixels(),
-        FeatureSpace(
-            backbone="pixels",
-            weights_sha256="",
-            layers=(2,),
-            reductions=(8,),
-            input_size=8 * GRID,
-            tile_size=8 * GRID,
-            tile_overlap=0,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-            pooling=1,
-            context_weight=0.0,
-            border_weight=1.0,
-            channels=CHANNELS,
-            grid=GRID,
+        dataclasses.replace(
+            SPACE, reductions=(8,), layers=(2,), pooling=1, context_weight=0.0, border_weight=1.0, channels=CHANNELS
         ),
     )
 
