@@ -6,14 +6,14 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 OUT ?= out
-PROTOS := $(wildcard protos/feddymem/v1/*.proto)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
 IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test check format protos breaking lock images bench clean
+.PHONY: help setup demo clients test check format protos breaking lock images bench clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,14 @@ $(VENV)/installed: requirements-dev.lock pyproject.toml
 demo: setup  ## Run a federation on this machine and write OUT/report.html; DATA=DIR for your own site folders
 	$(BIN)/feddymem demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
-test: setup  ## Run all tests (those that need a GPU are skipped where there is none)
+clients: $(CLIENTS)/installed  ## Make the environment of the tests' Open Inference clients, which need an older protobuf
+
+$(CLIENTS)/installed: requirements-clients.lock
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.lock
+	touch $@
+
+test: setup clients  ## Run all tests (those that need a GPU are skipped where there is none)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
@@ -46,9 +53,8 @@ format: setup  ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-protos: setup  ## Generate feddymem/v1 from protos/
-	$(BIN)/python -m grpc_tools.protoc -I protos \
-	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+protos: setup  ## Generate feddymem/v1 and feddymem/openinference from protos/
+	$(BIN)/python -m tests.generated_code write
 
 breaking: setup  ## Compare the contract with the one of BASE (default: the last commit); fails on a breaking change
 	cd protos && buf breaking --against '../.git#ref=$(or $(BASE),HEAD),subdir=protos'
@@ -56,6 +62,7 @@ breaking: setup  ## Compare the contract with the one of BASE (default: the last
 lock: setup  ## Lock the newest versions that pyproject.toml allows
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK_FLAGS) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-clients.lock requirements-clients.in
 
 LOCK_FLAGS := --quiet --upgrade --strip-extras --allow-unsafe --no-header \
   --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
@@ -69,4 +76,4 @@ bench: setup  ## Measure memory of an edge client and of release swaps; writes b
 	$(BIN)/python -m benchmarks.release_swaps
 
 clean:  ## Remove everything that make made
-	rm -rf $(VENV) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,33 +7,28 @@ the while. Resident memory is read after every swap.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import torch
-from grpc import aio
 
 from benchmarks import write_result
+from benchmarks.publishing import Publishing
 from feddymem.backbone import load_extractor
-from feddymem.client import InspectionClient
+from feddymem.client import InspectionClient, InspectionError
 from feddymem.datasets import load_sites
 from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.synthetic import write_products
-from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR, Release
 from services.demo.processes import Fleet, RunningService
-from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import WireArray, bank_to_wire
-from services.runtime.messages import feature_space_to_message, generator_to_wire
-from services.runtime.publisher import Publisher
+from services.runtime.messages import generator_to_wire
 
 SWAPS = 200
 WARM_UP = 20
@@ -44,45 +39,6 @@ _MIB = 2**20
 _ITEMS = 2048
 
 
-class Publishing:
-    """A release server on a thread of its own."""
-
-    def __init__(self, folder: Path, space: FeatureSpace, kind: int) -> None:
-        self._arrays, self._space, self._kind = ArrayStore(folder), space, kind
-        self._loop = asyncio.new_event_loop()
-        self._publisher = Publisher(self._arrays)
-        self._previous: list[bytes] = []
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.address = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
-
-    async def _listen(self) -> str:
-        self._server = aio.server()
-        self._publisher.service.add(self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
-        await self._server.start()
-        return f"127.0.0.1:{port}"
-
-    def publish(self, version: int, arrays: list[WireArray]) -> None:
-        """Publishes a version."""
-        for array in arrays:
-            self._arrays.put(array.manifest.sha256, array.data)
-        release = Release(
-            federation=FEDERATION,
-            version=version,
-            kind=self._kind,  # type: ignore[arg-type]
-            site=SITE if self._kind == RELEASE_KIND_MEMORY_GENERATOR else "",
-            feature_space=feature_space_to_message(self._space),
-            arrays=[array.manifest for array in arrays],
-            needs_generator=True,
-        )
-        self._loop.call_soon_threadsafe(self._publisher.publish, release)
-
-    def stop(self) -> None:
-        """Stops serving."""
-        asyncio.run_coroutine_threadsafe(self._server.stop(None), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-
 def main() -> None:
     """Measures and reports failures and growth."""
     space = load_extractor(device="cpu").feature_space
@@ -90,8 +46,8 @@ def main() -> None:
         folder = Path(name)
         write_products(folder / "products")
         image = load_sites(folder / "products")[0].train[0].read_bytes()
-        memories = Publishing(folder / "memories", space, RELEASE_KIND_GLOBAL_MEMORY)
-        generators = Publishing(folder / "generators", space, RELEASE_KIND_MEMORY_GENERATOR)
+        memories = Publishing(folder / "memories", space, FEDERATION)
+        generators = Publishing(folder / "generators", space, FEDERATION, SITE)
         with Fleet(folder / "services") as fleet:
             flags = ["--aggregator", memories.address, "--edge-clients", generators.address, "--retry-seconds", "0.2"]
             inference = fleet.start("inference", "inference", *flags)
@@ -116,21 +72,21 @@ def _swap(
 
     def call() -> None:
         nonlocal seen
-        with InspectionClient(inference.grpc, federation=FEDERATION, site=SITE) as client:
+        with InspectionClient(inference.grpc, federation=FEDERATION, site=SITE, attempts=1) as client:
             while not stop.is_set():
                 next(requests)
                 try:
                     seen = max(seen, client.inspect(image).release)
-                except grpc.RpcError as error:
+                except InspectionError as error:
                     if seen:  # before the first release there is nothing to score with
-                        failures.append(f"{error.code().name}: {error.details()}")
+                        failures.append(f"{error.status.name}: {error}")
 
     with ThreadPoolExecutor(CALLERS) as pool:
         callers = [pool.submit(call) for _ in range(CALLERS)]
         try:
             for version in range(1, SWAPS + 1):
                 generators.publish(version, _generator(space, version))
-                memories.publish(version, bank_to_wire(_memory(space, version), "float16"))
+                memories.publish(version, bank_to_wire(_memory(space, version), "float16"), needs_generator=True)
                 fleet.wait_until(lambda version=version: seen >= version, 60, f"release {version}")  # type: ignore[misc]
                 resident.append(process.memory_info().rss / _MIB)
         finally:

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from feddymem import images
 from feddymem.feature_space import FeatureSpace
+from feddymem.images import MAX_PIXELS, EncodedImage, ImageError, Pixels, RawImage
 from feddymem.network import EMBEDDED_BACKBONE, Network, load_network
+from feddymem.runtimes import FeatureMaps, Precision, RuntimeName, compiled
 from feddymem.tiles import tiled
+
+with warnings.catch_warnings():
+    # Torch warns once of arrays that are not to be written to, as raw images are; here they are only read.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
 
 _POOLING = 11
 _CONTEXT_WEIGHT = 1.25
+_PREPARATION = 2
+"""Since 2: JPEGs decoded at reduced scale, 8-bit images stretched in 8 bits."""
 _BORDER_WEIGHT = 0.6875
 """Like the weight of the context exact in float32, the type in which it goes over the wire."""
 
 
-class FeatureExtractor(nn.Module):
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the backbone takes it.
+
+    Attributes:
+        pixels: (3, input_size, input_size) float32 on the CPU, R, G, B, values 0..255.
+        height: rows of the image as it was sent.
+        width: columns of the image as it was sent.
+    """
+
+    pixels: Tensor
+    height: int
+    width: int
+
+
+class FeatureExtractor:
     """Patch features of images: what a patch looks like, plus what its neighbourhood looks like.
 
     1. Feature maps of two layers, brought to the finer grid and joined; of large images tile by tile.
@@ -31,72 +57,107 @@ class FeatureExtractor(nn.Module):
        part was cut out more than on the part.
 
     What 2 and 3 are worth: docs/method.md. Both are ours.
+
+    Args:
+        feature_space: what it extracts.
+        maps: computes feature maps of images or tiles, see `feddymem.runtimes`.
+        device: where it computes.
     """
 
-    mean: Tensor
-    std: Tensor
-    signs: Tensor
-    weights: Tensor
-
-    def __init__(self, network: nn.Module, feature_space: FeatureSpace) -> None:
-        super().__init__()
-        self.feature_space = feature_space
-        self.network = network
-        self.register_buffer("mean", torch.tensor(feature_space.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(feature_space.std).view(3, 1, 1))
-        signs = torch.ones(feature_space.channels, 1, 1)
+    def __init__(self, feature_space: FeatureSpace, maps: FeatureMaps, device: torch.device) -> None:
+        self.feature_space, self.device = feature_space, device
+        self.feature_maps = maps
+        self._averaging = _averaging(feature_space.grid, feature_space.pooling).to(device)
+        signs = torch.ones(feature_space.channels, device=device)
         signs[1::2] = -1
-        self.register_buffer("signs", feature_space.context_weight * signs)
-        weights = torch.full((feature_space.grid, feature_space.grid), feature_space.border_weight)
+        self._signs = feature_space.context_weight * signs
+        weights = torch.full((feature_space.grid, feature_space.grid), feature_space.border_weight, device=device)
         weights[1:-1, 1:-1] = 1
-        self.register_buffer("weights", weights)
-        self.requires_grad_(False).eval()
+        self._weights = weights.flatten()[:, None]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the extractor computes."""
-        return self.mean.device
+    def read(self, image: EncodedImage | RawImage, max_pixels: int = MAX_PIXELS) -> PreparedImage:
+        """Decodes an image and prepares it.
 
-    def prepare(self, image: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
-        """Network input from an image.
+        Raises:
+            ImageError: see `feddymem.images.read`.
+        """
+        picture = images.read(image, max_pixels, self.feature_space.input_size)
+        return PreparedImage(self.prepare(picture.pixels), picture.height, picture.width)
+
+    def read_file(self, path: Path, max_pixels: int = MAX_PIXELS) -> PreparedImage:
+        """Decodes an image file and prepares it.
+
+        Raises:
+            ImageError: the file cannot be read or decoded; the text names it.
+        """
+        try:
+            return self.read(EncodedImage(path.read_bytes()), max_pixels)
+        except (ImageError, OSError) as error:
+            raise ImageError(f"{path}: {error}") from error
+
+    def prepare(self, pixels: Pixels) -> Tensor:
+        """The whole image, stretched to a square.
 
         Args:
-            image: (height, width, 3), R, G, B, values 0..255.
+            pixels: (height, width, 3), R, G, B, values 0..255. Those of 8 bits are rounded to 8 bits again.
 
         Returns:
-            (3, input_size, input_size) float32 on the CPU; the whole image, stretched to a square.
+            (3, input_size, input_size) float32 on the CPU, values 0..255.
         """
         size = self.feature_space.input_size
-        pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
-        resized = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        return (resized[0] - self.mean.cpu()) / self.std.cpu()
+        stored = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        stretched = functional.interpolate(stored, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return stretched[0].to(torch.float32).contiguous()
 
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """Patch features of prepared images.
 
         Args:
-            images: (n, 3, input_size, input_size) float32.
+            pixels: (n, 3, input_size, input_size) float32, values 0..255.
 
         Returns:
             (n, grid * grid, channels) float32, patches row by row.
         """
         space = self.feature_space
-        images = images.to(self.device)
         if space.tile_size < space.input_size:
             maps = tiled(
-                self._maps, images, space.tile_size, space.tile_overlap, max(space.reductions), min(space.reductions)
+                self.feature_maps,
+                pixels,
+                space.tile_size,
+                space.tile_overlap,
+                max(space.reductions),
+                min(space.reductions),
             )
         else:
-            maps = self._maps(images)
-        side = space.pooling
-        context = functional.avg_pool2d(maps, side, 1, side // 2, count_include_pad=False)
-        features = (maps + self.signs * context.roll(space.channels // 2, 1)) * self.weights
-        return features.flatten(2).transpose(1, 2).contiguous()
+            maps = self.feature_maps(pixels)
+        patches = maps.flatten(2).transpose(1, 2).contiguous()
+        context = self._context(patches).roll(space.channels // 2, -1)
+        return torch.addcmul(patches, self._signs, context).mul_(self._weights)
 
-    def _maps(self, images: Tensor) -> Tensor:
-        """(n, channels, side, side): the layers' feature maps, joined on the finest grid."""
-        maps = self.network(images)
+    def _context(self, patches: Tensor) -> Tensor:
+        """(n, patches, channels): the mean of each patch's neighbourhood, as a product for rows and one for columns."""
+        grid = self.feature_space.grid
+        down = self._averaging @ patches.view(len(patches), grid, -1)
+        return (self._averaging @ down.view(len(patches) * grid, grid, -1)).view_as(patches)
+
+
+class _MapNetwork(nn.Module):
+    """A backbone from pixels of 0..255 to its layers' feature maps, joined on the finest grid."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network.module
+        self.register_buffer("mean", torch.tensor(network.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(network.std).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See feddymem.runtimes.FeatureMaps."""
+        maps = self.network((pixels - self.mean) / self.std)
         size = maps[0].shape[-2:]
         return torch.cat(
             [maps[0], *(functional.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps[1:])], dim=1
@@ -110,6 +171,8 @@ def load_extractor(
     tile_size: int | None = None,
     tile_overlap: int = 64,
     device: str = "auto",
+    runtime: RuntimeName = "auto",
+    precision: Precision = "float32",
 ) -> FeatureExtractor:
     """Loads a backbone with its pretrained weights.
 
@@ -125,10 +188,12 @@ def load_extractor(
         tile_overlap: how far neighbouring tiles overlap at least, in pixels; rounded up to such a multiple. Without
             effect where the network sees the whole image.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        runtime: what computes the backbone, see `feddymem.runtimes.compiled`.
+        precision: of the backbone's arithmetic, see there.
 
     Raises:
-        ValueError: an unknown backbone, no feature maps of the needed reductions, bad sizes, or a checkpoint of
-            another model.
+        ValueError: an unknown backbone, no feature maps of the needed reductions, bad sizes, a checkpoint of another
+            model, or a runtime that cannot be.
         FileNotFoundError: the checkpoint does not exist.
     """
     network = load_network(backbone, checkpoint)
@@ -156,9 +221,13 @@ def load_extractor(
         border_weight=_BORDER_WEIGHT,
         channels=sum(network.channels),
         grid=input_size // min(network.reductions),
+        preparation=_PREPARATION,
     )
     _require_feature_maps(network, feature_space)
-    return FeatureExtractor(network.module, feature_space).to(resolve_device(device))
+    where = torch.device(resolve_device(device))
+    key = f"{backbone} {network.weights_sha256} {network.layers}"
+    maps = compiled(_MapNetwork(network).to(where), seen, key, runtime, precision, where)
+    return FeatureExtractor(feature_space, maps, where)
 
 
 def resolve_device(device: str) -> str:
@@ -171,6 +240,13 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not available:
         raise ValueError("device is 'cuda', but torch sees no CUDA device; use 'cpu' or 'auto'")
     return ("cuda" if available else "cpu") if device == "auto" else device
+
+
+def _averaging(grid: int, window: int) -> Tensor:
+    """(grid, grid): row i averages over the places at most window // 2 from i that there are."""
+    place = torch.arange(grid)
+    near = ((place[:, None] - place).abs() <= window // 2).float()
+    return near / near.sum(1, keepdim=True)
 
 
 def _require_multiple(name: str, value: int, step: int, at_least: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 _DISTANCE_BYTES = 32 * 2**20
-"""Bound of the distances of a block of patches to all items; those to a group of items are held beside them."""
+"""Bound of the distances of a block of patches to all items."""
 
 
 def squared_distances(points: Tensor, squares: Tensor, centres: Tensor) -> Tensor:
@@ -34,28 +34,6 @@ def nearest_items(patches: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         best, indices[rows] = torch.addmm(item_squares[None], patches[rows], items.T, alpha=-2).min(1)
         distances[rows] = (best + squares[rows]).clamp_min(0).sqrt()
     return distances, indices
-
-
-def nearest_of_each(patches: Tensor, items: Tensor, groups: Sequence[Tensor]) -> Tensor:
-    """Squared distance of each patch to the nearest item of each of several groups of items.
-
-    Args:
-        patches: (n, channels) float32.
-        items: (m, channels) float32.
-        groups: int64 indices of items, each once in a group, and no group empty; groups may overlap.
-
-    Returns:
-        (groups, n) float32.
-    """
-    squares = (patches * patches).sum(1)
-    item_squares = (items * items).sum(1)
-    nearest = squares.new_empty(len(groups), len(patches))
-    for rows in _blocks(len(patches), len(items)):
-        # Items come first, so that taking a group's copies whole rows; a group of all items needs no copy.
-        cross = torch.addmm(item_squares[:, None], items, patches[rows].T, alpha=-2)
-        for number, group in enumerate(groups):
-            nearest[number, rows] = (cross if len(group) == len(items) else cross[group]).amin(0)
-    return (nearest + squares).clamp_min(0)
 
 
 def _blocks(patches: int, items: int) -> Iterator[slice]:

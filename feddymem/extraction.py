@@ -15,9 +15,10 @@ from torch import Tensor
 
 from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import DatasetError
-from feddymem.images import MAX_PIXELS, ImageError, decode_file
+from feddymem.images import MAX_PIXELS, ImageError
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.patches import PatchFile
+from feddymem.threads import leave_cores
 
 _DECODERS = 2
 
@@ -89,11 +90,11 @@ def _prepare(
 
     def prepare(path: Path) -> Tensor | ImageError:
         try:
-            return extractor.prepare(decode_file(path, max_pixels))
+            return extractor.read_file(path, max_pixels).pixels
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode", initializer=leave_cores) as pool:
         ahead: deque[Future[Tensor | ImageError]] = deque()
         for path in paths:
             ahead.append(pool.submit(prepare, path))

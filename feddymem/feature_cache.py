@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feddymem.backbone import FeatureExtractor
-from feddymem.images import ImageError, decode_file
+from feddymem.images import ImageError
 from feddymem.patches import images_per_block
+from feddymem.threads import leave_cores
 
 LIMIT_BYTES = 4 * 2**30
 """Default bound of the whole folder; about 17,000 images of the default feature space."""
@@ -31,11 +32,6 @@ _BATCH_IMAGES = 8
 _DECODERS = 2
 _SUFFIX = ".features"
 _DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-def default_folder() -> Path:
-    """`feddymem` in the user's folder for caches (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "feddymem"
 
 
 class FeatureCache:
@@ -74,8 +70,8 @@ class FeatureCache:
         return np.stack([entry for entry in found if entry is not None])
 
     def _extract(self, paths: Sequence[Path]) -> NDArray[np.float16]:
-        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
-            prepared = list(pool.map(lambda path: self.extractor.prepare(decode_file(path)), paths))
+        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode", initializer=leave_cores) as pool:
+            prepared = list(pool.map(lambda path: self.extractor.read_file(path).pixels, paths))
         return np.asarray(self.extractor(torch.stack(prepared)).cpu().numpy(), np.float16)
 
     def _entry(self, image: Path) -> Path:

@@ -32,6 +32,7 @@ class FeatureSpace:
         border_weight: factor of the outermost patches of the image.
         channels: length of a patch feature.
         grid: patches along one side of the image.
+        preparation: number of the way in which an image becomes pixels of input_size: decoding and stretching.
     """
 
     backbone: str
@@ -48,6 +49,7 @@ class FeatureSpace:
     border_weight: float
     channels: int
     grid: int
+    preparation: int
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,5 +83,5 @@ class FeatureSpace:
         raise FingerprintMismatchError(
             f"{mine} has fingerprint {self.fingerprint}, {theirs} has {other.fingerprint}; "
             f"they differ in {differences}. "
-            "Use the same backbone, weights, input size, tiles and preprocessing at every site."
+            "Use the same backbone, weights, input size, tiles and version of this program at every site."
         )

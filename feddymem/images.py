@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -26,6 +27,16 @@ _WHITE_IS_ZERO = 0
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1
 _LARGEST_TILE = 2**20
 
+_REDUCED_SIDES = 2
+"""A JPEG is decoded at a smaller scale only if that is still so many times the side it will be stretched to (ours)."""
+_FLAGS = {
+    1: cv2.IMREAD_UNCHANGED,
+    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_IGNORE_ORIENTATION,
+    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
+    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
+}
+_RAW_TYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 16: np.dtype("<u2"), 32: np.dtype("<f4")}
+
 _Value = TypeVar("_Value", np.uint8, np.float32)
 
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
@@ -40,31 +51,100 @@ class ImageError(ValueError):
     """An image cannot be decoded, or is larger than allowed."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decodes an image file's bytes.
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A JPEG, PNG, BMP or TIFF file.
+
+    Attributes:
+        data: the file's bytes.
+    """
+
+    data: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class RawImage:
+    """Pixels without a codec.
+
+    Attributes:
+        data: rows of interleaved channels, little-endian.
+        height: rows.
+        width: columns.
+        channels: 1 (grey), 3 (R, G, B) or 4 (R, G, B, alpha).
+        bits: of a channel: 8 or 16, of which the full range counts, or 32 for floats of 0..255.
+    """
+
+    data: bytes | memoryview
+    height: int
+    width: int
+    channels: int
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded image, which may be smaller than it was sent.
+
+    Attributes:
+        pixels: see `Pixels`.
+        height: rows of the image as it was sent.
+        width: columns of the image as it was sent.
+    """
+
+    pixels: Pixels
+    height: int
+    width: int
+
+
+def read(image: EncodedImage | RawImage, max_pixels: int = MAX_PIXELS, side: int | None = None) -> Picture:
+    """Decodes an image.
 
     16-bit values are scaled to 0..255 with their fractions kept; alpha is dropped; EXIF orientation is not applied, so
     that results line up with the stored pixels.
 
+    Args:
+        image: the image.
+        max_pixels: of the image as it was sent; checked before anything is decoded.
+        side: of the square that it will be stretched to: a JPEG that is several times as large is decoded at a half,
+            quarter or eighth of its size, of which both sides are still at least twice this long. None for full size.
+
     Raises:
-        ImageError: not a JPEG, PNG, BMP or TIFF, corrupt, truncated, more than `max_pixels`, or of a depth other than
-            8 or
-            16 bits.
+        ImageError: not a JPEG, PNG, BMP or TIFF, corrupt, truncated, more than `max_pixels`, of a depth other than 8 or
+            16 bits, or raw with sizes that do not fit together.
     """
-    if not data:
+    if isinstance(image, RawImage):
+        return Picture(_from_raw(image, max_pixels), image.height, image.width)
+    if not image.data:
         raise ImageError("image is empty (0 bytes)")
-    eight_bit_tiff = _check_header(data, max_pixels)
-    if eight_bit_tiff:
-        return _decode_by_pillow(data)
+    header = _check_header(image.data, max_pixels)
+    if header.by_pillow:
+        pixels: Pixels = _decode_by_pillow(image.data)
+    else:
+        pixels = to_rgb(_decode_by_opencv(image.data, _reduction(header, side)))
+    return Picture(pixels, header.height, header.width)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decodes an image file's bytes at full size; see `read`."""
+    return read(EncodedImage(data), max_pixels).pixels
+
+
+def _reduction(header: _Header, side: int | None) -> int:
+    if side is None or not header.is_jpeg:
+        return 1
+    return next((r for r in (8, 4, 2) if min(header.height, header.width) >= _REDUCED_SIDES * r * side), 1)
+
+
+def _decode_by_opencv(data: bytes, reduction: int) -> NDArray[np.generic]:
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS[reduction])
     except cv2.error as error:
         raise ImageError(f"image cannot be decoded: {error.err or 'corrupt data'}") from error
     if pixels is None:
         raise ImageError(f"image cannot be decoded: its {len(data)} bytes are corrupt or truncated")
     if pixels.ndim == 3 and pixels.shape[2] >= 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
-    return to_rgb(pixels)
+    return np.asarray(pixels)
 
 
 def decode_file(path: Path, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -79,24 +159,18 @@ def decode_file(path: Path, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise ImageError(f"{path}: {error}") from error
 
 
-def from_raw(data: bytes, height: int, width: int, channels: int, bits: int, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Pixels from bytes without a codec: rows of interleaved channels, 16-bit values little-endian.
-
-    Raises:
-        ImageError: a size, depth or length that does not fit together, or more than `max_pixels`.
-    """
-    if channels not in (1, 3, 4) or bits not in (8, 16):
+def _from_raw(raw: RawImage, max_pixels: int) -> Pixels:
+    height, width, channels, bits = raw.height, raw.width, raw.channels, raw.bits
+    if channels not in (1, 3, 4) or bits not in _RAW_TYPES:
         raise ImageError(
-            f"raw image has {channels} channels of {bits} bits; expected 1, 3 or 4 channels of 8 or 16 bits"
+            f"raw image has {channels} channels of {bits} bits; expected 1, 3 or 4 channels of 8, 16 or 32 bits"
         )
     _check_size(height, width, max_pixels)
     expected = height * width * channels * bits // 8
-    if len(data) != expected:
-        raise ImageError(
-            f"raw image has {len(data)} bytes; {height} x {width} x {channels} x {bits} bits need {expected}"
-        )
-    pixels = np.frombuffer(data, np.uint8 if bits == 8 else np.dtype("<u2")).reshape(height, width, channels)
-    return to_rgb(pixels)
+    size = memoryview(raw.data).nbytes
+    if size != expected:
+        raise ImageError(f"raw image has {size} bytes; {height} x {width} x {channels} x {bits} bits need {expected}")
+    return to_rgb(np.frombuffer(raw.data, _RAW_TYPES[bits]).reshape(height, width, channels))
 
 
 def to_rgb(pixels: NDArray[np.generic]) -> Pixels:
@@ -112,6 +186,10 @@ def to_rgb(pixels: NDArray[np.generic]) -> Pixels:
         return _three_channels(pixels.astype(np.uint8, copy=False))
     if pixels.dtype == np.uint16:
         return _three_channels(pixels.astype(np.float32) / np.float32(257))
+    if pixels.dtype == np.float32:
+        if not (pixels.min() >= 0 and pixels.max() <= 255):  # NaN is neither
+            raise ImageError("image has float values that are NaN or outside of 0..255")
+        return _three_channels(pixels.astype(np.float32, copy=False))
     raise ImageError(f"image has values of type {pixels.dtype}; expected 8 or 16 bits per channel")
 
 
@@ -121,8 +199,16 @@ def _three_channels(values: NDArray[_Value]) -> NDArray[_Value]:
     return values[:, :, :3]
 
 
-def _check_header(data: bytes, max_pixels: int) -> bool:
-    """Refuses what must not be decoded; whether the file is a TIFF of 8 bits, which Pillow decodes.
+@dataclass(frozen=True)
+class _Header:
+    height: int
+    width: int
+    is_jpeg: bool
+    by_pillow: bool
+
+
+def _check_header(data: bytes, max_pixels: int) -> _Header:
+    """Refuses what must not be decoded. A TIFF of 8 bits is decoded by Pillow.
 
     OpenCV multiplies the colours of such a TIFF by its alpha, and takes the planes and the inverted greys of 16-bit
     ones for what they are not.
@@ -131,16 +217,16 @@ def _check_header(data: bytes, max_pixels: int) -> bool:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
             tags = dict(header.tag_v2) if isinstance(header, TiffImageFile) else None
-            is_png = header.format == "PNG"
+            kind = header.format
     except UnidentifiedImageError as error:
         raise ImageError(f"image is not a readable JPEG, PNG, BMP or TIFF ({len(data)} bytes)") from error
     except Exception as error:  # a corrupt header can fail anywhere in Pillow's parsers
         raise ImageError(f"image header is corrupt: {error}") from error
     _check_size(height, width, max_pixels)
-    if is_png:
+    if kind == "PNG":
         _check_png_chunks(data)
     if tags is None:
-        return False
+        return _Header(height, width, kind == "JPEG", by_pillow=False)
     if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > max(_LARGEST_TILE, 4 * height * width):
         raise ImageError(
             f"image has TIFF tiles of {tags[_TILE_WIDTH]} x {tags[_TILE_LENGTH]} for {width} x {height} pixels"
@@ -148,12 +234,12 @@ def _check_header(data: bytes, max_pixels: int) -> bool:
     if set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) != {_UNSIGNED}:
         raise ImageError("image is a TIFF of signed or floating-point values; expected unsigned 8 or 16 bits")
     if max(tags.get(_BITS_PER_SAMPLE, (1,))) <= 8:
-        return True
+        return _Header(height, width, is_jpeg=False, by_pillow=True)
     if tags.get(_PLANAR, 1) != 1 or tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         raise ImageError(
             "image is a TIFF of separate planes or inverted greys with more than 8 bits; save it interleaved"
         )
-    return False
+    return _Header(height, width, is_jpeg=False, by_pillow=False)
 
 
 def _check_png_chunks(data: bytes) -> None:

@@ -19,4 +19,5 @@ SPACE = FeatureSpace(
     border_weight=0.6875,
     channels=16,
     grid=4,
+    preparation=2,
 )

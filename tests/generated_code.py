@@ -1,4 +1,7 @@
-"""Fails when feddymem/v1 is not what `make protos` makes of protos/; run as a module by `make check`."""
+"""The code that protos/ becomes: `make protos` writes it, `make check` fails where it is not that any more.
+
+Run as a module; with the argument `write` it writes.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GENERATED = Path("feddymem/v1")
+PACKAGES = (Path("feddymem/v1"), Path("feddymem/openinference"))
+_GIVEN = Path("feddymem/openinference/open_inference_pb2.py")
+_COMMON_POOL, _OWN_POOL = "_descriptor_pool.Default()", "_descriptor_pool.DescriptorPool()"
 
 
 def generate(out: Path) -> None:
     """Generates the code of all protos into a folder."""
-    protos = sorted(str(path) for path in (ROOT / "protos" / GENERATED).glob("*.proto"))
+    protos = sorted(str(path) for package in PACKAGES for path in (ROOT / "protos" / package).glob("*.proto"))
     outputs = [
         f"--python_out={out}",
         f"--grpc_python_out={out}",
@@ -26,23 +31,33 @@ def generate(out: Path) -> None:
         check=True,
         timeout=120,
     )
+    # tritonclient and KServe register messages of the same names; in a pool of their own ours are in nobody's way.
+    text = (out / _GIVEN).read_text()
+    assert text.count(_COMMON_POOL) == 1, f"protoc generates other code than it did: {_GIVEN}"
+    (out / _GIVEN).write_text(text.replace(_COMMON_POOL, _OWN_POOL))
 
 
 def stale() -> list[str]:
-    """Names of generated files that are missing, different or left over."""
+    """Paths of generated files that are missing, different or left over."""
     with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder))
-        fresh, committed = Path(folder) / GENERATED, ROOT / GENERATED
-        names = {path.name for where in (fresh, committed) for path in where.glob("*_pb2*.py*")}
+        out = Path(folder)
+        generate(out)
+        paths = {
+            path.relative_to(where)
+            for where in (out, ROOT)
+            for package in PACKAGES
+            for path in (where / package).glob("*_pb2*.py*")
+        }
         return sorted(
-            name
-            for name in names
-            if not ((fresh / name).exists() and (committed / name).exists())
-            or not filecmp.cmp(fresh / name, committed / name, shallow=False)
+            str(path)
+            for path in paths
+            if not ((out / path).exists() and (ROOT / path).exists())
+            or not filecmp.cmp(out / path, ROOT / path, shallow=False)
         )
 
 
 if __name__ == "__main__":
-    files = stale()
-    if files:
-        sys.exit(f"stale generated code in {GENERATED}: {', '.join(files)}; run `make protos`")
+    if sys.argv[1:] == ["write"]:
+        generate(ROOT)
+    elif files := stale():
+        sys.exit(f"stale generated code: {', '.join(files)}; run `make protos`")

@@ -41,6 +41,7 @@ class FeatureSpace(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     TILE_SIZE_FIELD_NUMBER: _builtins.int
     TILE_OVERLAP_FIELD_NUMBER: _builtins.int
+    PREPARATION_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """SHA-256, in hex, of the canonical form of all fields below; 64 characters."""
     backbone: _builtins.str
@@ -63,6 +64,8 @@ class FeatureSpace(_message.Message):
     """Side of the squares that the backbone sees at a time, in pixels; input_size for the whole image."""
     tile_overlap: _builtins.int
     """How far neighbouring tiles overlap at least, in pixels; 0 for the whole image."""
+    preparation: _builtins.int
+    """Number of the way in which an image becomes pixels of input_size: decoding and stretching."""
     @_builtins.property
     def reductions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Reductions (input pixels per patch, one side) of the feature maps used, e.g. [8, 16]."""
@@ -97,10 +100,11 @@ class FeatureSpace(_message.Message):
         layers: _abc.Iterable[_builtins.int] | None = ...,
         tile_size: _builtins.int = ...,
         tile_overlap: _builtins.int = ...,
+        preparation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "border_weight", b"border_weight", "channels", b"channels", "context_weight", b"context_weight", "fingerprint", b"fingerprint", "grid", b"grid", "input_size", b"input_size", "layers", b"layers", "mean", b"mean", "pooling", b"pooling", "reductions", b"reductions", "std", b"std", "tile_overlap", b"tile_overlap", "tile_size", b"tile_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "border_weight", b"border_weight", "channels", b"channels", "context_weight", b"context_weight", "fingerprint", b"fingerprint", "grid", b"grid", "input_size", b"input_size", "layers", b"layers", "mean", b"mean", "pooling", b"pooling", "preparation", b"preparation", "reductions", b"reductions", "std", b"std", "tile_overlap", b"tile_overlap", "tile_size", b"tile_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

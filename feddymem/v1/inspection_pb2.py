@@ -24,29 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x64ymem/v1/inspection.proto\x12\x0b\x66\x65\x64\x64ymem.v1\"W\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x62its\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\xa0\x01\n\x0eInspectRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x11\n\x07\x65ncoded\x18\x03 \x01(\x0cH\x00\x12$\n\x03raw\x18\x04 \x01(\x0b\x32\x15.feddymem.v1.RawImageH\x00\x12*\n\nmap_format\x18\x05 \x01(\x0e\x32\x16.feddymem.v1.MapFormatB\x07\n\x05image\"a\n\nAnomalyMap\x12&\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xa9\x01\n\x0fInspectResponse\x12\r\n\x05score\x18\x01 \x01(\x02\x12$\n\x03map\x18\x02 \x01(\x0b\x32\x17.feddymem.v1.AnomalyMap\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x0f\n\x07release\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\"P\n\x14InspectStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07inspect\x18\x02 \x01(\x0b\x32\x1b.feddymem.v1.InspectRequest\"-\n\x0cInspectError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8a\x01\n\x15InspectStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.feddymem.v1.InspectResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.feddymem.v1.InspectErrorH\x00\x42\t\n\x07outcome*S\n\tMapFormat\x12\x1a\n\x16MAP_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12MAP_FORMAT_FLOAT32\x10\x01\x12\x12\n\x0eMAP_FORMAT_PNG\x10\x02\x32\xb5\x01\n\x11InspectionService\x12\x44\n\x07Inspect\x12\x1b.feddymem.v1.InspectRequest\x1a\x1c.feddymem.v1.InspectResponse\x12Z\n\rInspectStream\x12!.feddymem.v1.InspectStreamRequest\x1a\".feddymem.v1.InspectStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x64ymem/v1/inspection.proto\x12\x0b\x66\x65\x64\x64ymem.v1\"W\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x62its\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\xf8\x01\n\x0eInspectRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x11\n\x07\x65ncoded\x18\x03 \x01(\x0cH\x00\x12$\n\x03raw\x18\x04 \x01(\x0b\x32\x15.feddymem.v1.RawImageH\x00\x12*\n\nmap_format\x18\x05 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x16\n\tthreshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x0fpixel_threshold\x18\x07 \x01(\x02H\x02\x88\x01\x01\x42\x07\n\x05imageB\x0c\n\n_thresholdB\x12\n\x10_pixel_threshold\"^\n\x06Region\x12\x0b\n\x03top\x18\x01 \x01(\r\x12\x0c\n\x04left\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0c\n\x04\x61rea\x18\x05 \x01(\r\x12\x0c\n\x04peak\x18\x06 \x01(\x02\"a\n\nAnomalyMap\x12&\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xf6\x01\n\x0fInspectResponse\x12\r\n\x05score\x18\x01 \x01(\x02\x12$\n\x03map\x18\x02 \x01(\x0b\x32\x17.feddymem.v1.AnomalyMap\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x0f\n\x07release\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\x12%\n\x07verdict\x18\x08 \x01(\x0e\x32\x14.feddymem.v1.Verdict\x12$\n\x07regions\x18\t \x03(\x0b\x32\x13.feddymem.v1.Region\"P\n\x14InspectStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07inspect\x18\x02 \x01(\x0b\x32\x1b.feddymem.v1.InspectRequest\"-\n\x0cInspectError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8a\x01\n\x15InspectStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.feddymem.v1.InspectResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.feddymem.v1.InspectErrorH\x00\x42\t\n\x07outcome*S\n\tMapFormat\x12\x1a\n\x16MAP_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12MAP_FORMAT_FLOAT32\x10\x01\x12\x12\n\x0eMAP_FORMAT_PNG\x10\x02*M\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_NORMAL\x10\x01\x12\x15\n\x11VERDICT_ANOMALOUS\x10\x02\x32\xb5\x01\n\x11InspectionService\x12\x44\n\x07Inspect\x12\x1b.feddymem.v1.InspectRequest\x1a\x1c.feddymem.v1.InspectResponse\x12Z\n\rInspectStream\x12!.feddymem.v1.InspectStreamRequest\x1a\".feddymem.v1.InspectStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'feddymem.v1.inspection_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MAPFORMAT']._serialized_start=838
-  _globals['_MAPFORMAT']._serialized_end=921
+  _globals['_MAPFORMAT']._serialized_start=1099
+  _globals['_MAPFORMAT']._serialized_end=1182
+  _globals['_VERDICT']._serialized_start=1184
+  _globals['_VERDICT']._serialized_end=1261
   _globals['_RAWIMAGE']._serialized_start=45
   _globals['_RAWIMAGE']._serialized_end=132
   _globals['_INSPECTREQUEST']._serialized_start=135
-  _globals['_INSPECTREQUEST']._serialized_end=295
-  _globals['_ANOMALYMAP']._serialized_start=297
-  _globals['_ANOMALYMAP']._serialized_end=394
-  _globals['_INSPECTRESPONSE']._serialized_start=397
-  _globals['_INSPECTRESPONSE']._serialized_end=566
-  _globals['_INSPECTSTREAMREQUEST']._serialized_start=568
-  _globals['_INSPECTSTREAMREQUEST']._serialized_end=648
-  _globals['_INSPECTERROR']._serialized_start=650
-  _globals['_INSPECTERROR']._serialized_end=695
-  _globals['_INSPECTSTREAMRESPONSE']._serialized_start=698
-  _globals['_INSPECTSTREAMRESPONSE']._serialized_end=836
-  _globals['_INSPECTIONSERVICE']._serialized_start=924
-  _globals['_INSPECTIONSERVICE']._serialized_end=1105
+  _globals['_INSPECTREQUEST']._serialized_end=383
+  _globals['_REGION']._serialized_start=385
+  _globals['_REGION']._serialized_end=479
+  _globals['_ANOMALYMAP']._serialized_start=481
+  _globals['_ANOMALYMAP']._serialized_end=578
+  _globals['_INSPECTRESPONSE']._serialized_start=581
+  _globals['_INSPECTRESPONSE']._serialized_end=827
+  _globals['_INSPECTSTREAMREQUEST']._serialized_start=829
+  _globals['_INSPECTSTREAMREQUEST']._serialized_end=909
+  _globals['_INSPECTERROR']._serialized_start=911
+  _globals['_INSPECTERROR']._serialized_end=956
+  _globals['_INSPECTSTREAMRESPONSE']._serialized_start=959
+  _globals['_INSPECTSTREAMRESPONSE']._serialized_end=1097
+  _globals['_INSPECTIONSERVICE']._serialized_start=1264
+  _globals['_INSPECTIONSERVICE']._serialized_end=1445
 # @@protoc_insertion_point(module_scope)

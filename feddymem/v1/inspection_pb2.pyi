@@ -3,8 +3,10 @@
 isort:skip_file
 Scoring images: spoken between production lines (callers) and the inference service."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -40,6 +42,30 @@ MAP_FORMAT_FLOAT32: MapFormat.ValueType  # 1
 MAP_FORMAT_PNG: MapFormat.ValueType  # 2
 """A colour PNG at the size of the image, on the release's fixed scale (never stretched per image)."""
 Global___MapFormat: _TypeAlias = MapFormat  # noqa: Y015
+
+class _Verdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
+    """There was no threshold to judge by."""
+    VERDICT_NORMAL: _Verdict.ValueType  # 1
+    """The score is below the threshold."""
+    VERDICT_ANOMALOUS: _Verdict.ValueType  # 2
+    """The score is the threshold or more."""
+
+class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
+    """What an image is found to be. Sent by the inference service."""
+
+VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
+"""There was no threshold to judge by."""
+VERDICT_NORMAL: Verdict.ValueType  # 1
+"""The score is below the threshold."""
+VERDICT_ANOMALOUS: Verdict.ValueType  # 2
+"""The score is the threshold or more."""
+Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
 @_typing.final
 class RawImage(_message.Message):
@@ -90,6 +116,8 @@ class InspectRequest(_message.Message):
     ENCODED_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     MAP_FORMAT_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    PIXEL_THRESHOLD_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     """Name of the federation; may be empty where the service has only one."""
     site: _builtins.str
@@ -98,6 +126,10 @@ class InspectRequest(_message.Message):
     """A JPEG, PNG, BMP or TIFF file; 8 or 16 bits, grey, RGB or RGBA."""
     map_format: Global___MapFormat.ValueType
     """Whether, and how, to answer with the anomaly map."""
+    threshold: _builtins.float
+    """Anomaly score from which the verdict is anomalous; >= 0. Unset: no verdict."""
+    pixel_threshold: _builtins.float
+    """Distance in the anomaly map from which pixels make up regions; >= 0. Unset: no regions."""
     @_builtins.property
     def raw(self) -> Global___RawImage:
         """Pixels."""
@@ -110,16 +142,71 @@ class InspectRequest(_message.Message):
         encoded: _builtins.bytes = ...,
         raw: Global___RawImage | None = ...,
         map_format: Global___MapFormat.ValueType = ...,
+        threshold: _builtins.float | None = ...,
+        pixel_threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["encoded", b"encoded", "image", b"image", "raw", b"raw"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "encoded", b"encoded", "image", b"image", "pixel_threshold", b"pixel_threshold", "raw", b"raw", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoded", b"encoded", "federation", b"federation", "image", b"image", "map_format", b"map_format", "raw", b"raw", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "encoded", b"encoded", "federation", b"federation", "image", b"image", "map_format", b"map_format", "pixel_threshold", b"pixel_threshold", "raw", b"raw", "site", b"site", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pixel_threshold: _TypeAlias = _typing.Literal["pixel_threshold"]  # noqa: Y015
+    _WhichOneofArgType__pixel_threshold: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
     _WhichOneofReturnType_image: _TypeAlias = _typing.Literal["encoded", "raw"]  # noqa: Y015
     _WhichOneofArgType_image: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pixel_threshold) -> _WhichOneofReturnType__pixel_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_image) -> _WhichOneofReturnType_image | None: ...
 
 Global___InspectRequest: _TypeAlias = InspectRequest  # noqa: Y015
+
+@_typing.final
+class Region(_message.Message):
+    """Connected pixels of the anomaly map at or above the pixel threshold, in pixels of the image as it was sent.
+    Sent by the inference service.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOP_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    AREA_FIELD_NUMBER: _builtins.int
+    PEAK_FIELD_NUMBER: _builtins.int
+    top: _builtins.int
+    """First row."""
+    left: _builtins.int
+    """First column."""
+    height: _builtins.int
+    """Rows."""
+    width: _builtins.int
+    """Columns."""
+    area: _builtins.int
+    """Pixels of the region itself, at most height * width."""
+    peak: _builtins.float
+    """Largest distance in it, in units of the feature space."""
+    def __init__(
+        self,
+        *,
+        top: _builtins.int = ...,
+        left: _builtins.int = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+        area: _builtins.int = ...,
+        peak: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["area", b"area", "height", b"height", "left", b"left", "peak", b"peak", "top", b"top", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Region: _TypeAlias = Region  # noqa: Y015
 
 @_typing.final
 class AnomalyMap(_message.Message):
@@ -168,6 +255,8 @@ class InspectResponse(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     """Anomaly score of the image: mean of its largest patch distances, in units of the feature space; >= 0."""
     federation: _builtins.str
@@ -180,9 +269,15 @@ class InspectResponse(_message.Message):
     """Seconds from the arrival of the request to the start of its computation, decoding included."""
     compute_seconds: _builtins.float
     """Seconds that the batch with this image took to compute."""
+    verdict: Global___Verdict.ValueType
+    """What the image is found to be; unspecified without a threshold."""
     @_builtins.property
     def map(self) -> Global___AnomalyMap:
         """The anomaly map; unset unless asked for."""
+
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
+        """Anomalous regions, the one with the largest peak first; none without a pixel threshold."""
 
     def __init__(
         self,
@@ -194,10 +289,12 @@ class InspectResponse(_message.Message):
         release: _builtins.int = ...,
         queue_seconds: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
+        verdict: Global___Verdict.ValueType = ...,
+        regions: _abc.Iterable[Global___Region] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["map", b"map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "federation", b"federation", "map", b"map", "queue_seconds", b"queue_seconds", "release", b"release", "score", b"score", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "federation", b"federation", "map", b"map", "queue_seconds", b"queue_seconds", "regions", b"regions", "release", b"release", "score", b"score", "site", b"site", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

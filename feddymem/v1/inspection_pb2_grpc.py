@@ -54,7 +54,8 @@ class InspectionServiceServicer:
     def Inspect(self, request, context):
         """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
         NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
-        RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
+        RESOURCE_EXHAUSTED: the queue is full; the text says when to try again. DEADLINE_EXCEEDED: the caller's deadline
+        passed before the image was computed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

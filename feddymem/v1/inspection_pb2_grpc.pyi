@@ -36,7 +36,8 @@ class InspectionServiceStub:
     Inspect: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.InspectRequest, _inspection_pb2.InspectResponse]
     """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
     NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
-    RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
+    RESOURCE_EXHAUSTED: the queue is full; the text says when to try again. DEADLINE_EXCEEDED: the caller's deadline
+    passed before the image was computed.
     """
     InspectStream: _grpc.StreamStreamMultiCallable[_inspection_pb2.InspectStreamRequest, _inspection_pb2.InspectStreamResponse]
     """Scores a stream of images; one response per request, in order. An image that cannot be scored gets a
@@ -51,7 +52,8 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     Inspect: _aio.UnaryUnaryMultiCallable[_inspection_pb2.InspectRequest, _inspection_pb2.InspectResponse]  # type: ignore[assignment]
     """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
     NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
-    RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
+    RESOURCE_EXHAUSTED: the queue is full; the text says when to try again. DEADLINE_EXCEEDED: the caller's deadline
+    passed before the image was computed.
     """
     InspectStream: _aio.StreamStreamMultiCallable[_inspection_pb2.InspectStreamRequest, _inspection_pb2.InspectStreamResponse]  # type: ignore[assignment]
     """Scores a stream of images; one response per request, in order. An image that cannot be scored gets a
@@ -69,7 +71,8 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inspection_pb2.InspectResponse, _abc.Awaitable[_inspection_pb2.InspectResponse]]:
         """Scores one image. INVALID_ARGUMENT: the image cannot be decoded, is too large, or a field is off.
         NOT_FOUND: unknown federation, or, where it has memory generators, unknown site. UNAVAILABLE: nothing to score with yet.
-        RESOURCE_EXHAUSTED: the queue is full; the text says when to try again.
+        RESOURCE_EXHAUSTED: the queue is full; the text says when to try again. DEADLINE_EXCEEDED: the caller's deadline
+        passed before the image was computed.
         """
 
     @_abc_1.abstractmethod

@@ -18,9 +18,10 @@ import typer
 import feddymem
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
 
-# OpenMP threads that wait shall sleep soon, not spin: beside another busy process on the same cores, spinning made one
-# forward pass take 2,000 ms instead of 45. Read when torch is loaded, which the commands do.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# OpenMP threads that wait shall sleep soon, not spin: torch's would hold the cores that OpenVINO's threads need, and
+# beside another busy process one forward pass took 2,000 ms instead of 45. Sleeping at once (0) makes torch's many
+# short operations slow instead. Read when torch is loaded, which the commands do.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(
     help="Federated anomaly detection with dynamic memory.",
@@ -66,17 +67,42 @@ def inference(context: typer.Context) -> None:
 
 @app.command()
 def inspect(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    server: _Server = "127.0.0.1:7072",
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders of images at any depth, or patterns ('parts/**/*.png').")
+    ],
+    server: Annotated[
+        str, typer.Option(help="HOST:PORT of the service, or a gRPC target; dns:///NAME:PORT goes round all addresses.")
+    ] = "127.0.0.1:7072",
     federation: Annotated[str, typer.Option(help="Federation; needed where the service has several.")] = "",
     site: Annotated[str, typer.Option(help="Site; needed where the service has several.")] = "",
+    threshold: Annotated[
+        float | None, typer.Option(min=0, help="Score from which an image is anomalous; without it, no verdict.")
+    ] = None,
+    pixel_threshold: Annotated[
+        float | None, typer.Option(min=0, help="Distance from which pixels make up regions; without it, no regions.")
+    ] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Folder to write a heatmap PNG for each image to.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")] = False,
+    csv: Annotated[
+        str | None, typer.Option(help="File to write results to as CSV instead of a table; - for standard output.")
+    ] = None,
 ) -> None:
-    """Score images at an inference service."""
+    """Score images at an inference service; results in the order of the images."""
+    from services.cli.inspect import Inspection
     from services.cli.inspect import inspect as run
 
-    raise typer.Exit(run(images, server, federation, site, heatmap, as_json))
+    asked = Inspection(
+        images=tuple(images),
+        server=server,
+        federation=federation,
+        site=site,
+        threshold=threshold,
+        pixel_threshold=pixel_threshold,
+        heatmaps=heatmap,
+        as_json=as_json,
+        csv=csv,
+    )
+    raise typer.Exit(run(asked))
 
 
 @app.command()

@@ -11,7 +11,6 @@ from feddymem.comparison import alone
 from feddymem.datasets import SiteData
 from feddymem.evaluation import auroc
 from feddymem.extraction import extract
-from feddymem.images import decode_file
 from feddymem.method import Method
 from feddymem.scoring import Scorer
 
@@ -21,5 +20,5 @@ def local_image_auroc(site: SiteData, method: Method, extractor: FeatureExtracto
     patches = extract(site.train, extractor, folder / "local.f16").patches
     detector = alone({site.name: patches}, method)[site.name]
     scorer = Scorer(extractor, detector.memory, detector.generator)
-    scores = [scorer.inspect(extractor.prepare(decode_file(image.path))[None])[0].score for image in site.test]
+    scores = [scorer.inspect(extractor.read_file(image.path).pixels[None])[0].score for image in site.test]
     return auroc(np.array([image.defect for image in site.test], bool), np.array(scores))

@@ -11,19 +11,17 @@ from pathlib import Path
 from types import FrameType
 
 import grpc
-import numpy as np
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
 from feddymem.backbone import load_extractor
-from feddymem.client import InspectionClient
+from feddymem.client import InspectionClient, InspectionError, NotServedError, UnavailableError
 from feddymem.datasets import DatasetError, SiteData, load_sites
 from feddymem.method import Method
 from feddymem.synthetic import write_products
 from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus
-from feddymem.v1.inspection_pb2 import MAP_FORMAT_FLOAT32
 from services.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE
 from services.cli.status import get_status, phase_name
 from services.demo.local import local_image_auroc
@@ -150,11 +148,11 @@ def _wait_served(fleet: Fleet, inference: RunningService, sites: tuple[SiteData,
 
         fleet.wait_until(serving, _READY_SECONDS, "the inference service to be ready")
     for site in sites:
-        image = site.train[0].read_bytes()
-        with InspectionClient(inference.grpc, site=site.name) as client:
+        image = site.train[0]
+        with InspectionClient(inference.grpc, site=site.name, attempts=1) as client:
 
-            def current(client: InspectionClient = client, image: bytes = image) -> bool:
-                with contextlib.suppress(grpc.RpcError):  # not served yet: asked again until the time is up
+            def current(client: InspectionClient = client, image: Path = image) -> bool:
+                with contextlib.suppress(UnavailableError, NotServedError):  # asked again until the time is up
                     return client.inspect(image).release == release
                 return False
 
@@ -167,13 +165,12 @@ def _inspect(inference: RunningService, site: SiteData) -> tuple[ScoredImage, ..
 
 def _scored(inference: RunningService, site: SiteData) -> Iterator[ScoredImage]:
     with InspectionClient(inference.grpc, site=site.name) as client:
-        responses = client.inspect_files((image.path for image in site.test), MAP_FORMAT_FLOAT32)
-        for image, response in zip(site.test, responses, strict=True):
-            if response.HasField("error"):
-                raise ServiceFailedError(f"{image.path}: {response.error.message}")
-            result = response.result
-            values = np.frombuffer(result.map.data, "<f4").reshape(result.map.height, result.map.width)
-            yield ScoredImage(image, result.score, values)
+        outcomes = client.inspect_many((image.path for image in site.test), map_kind="float32")
+        for image, outcome in zip(site.test, outcomes, strict=True):
+            if isinstance(outcome, InspectionError):
+                raise ServiceFailedError(f"{image.path}: {outcome}") from outcome
+            assert outcome.anomaly_map is not None
+            yield ScoredImage(image, outcome.score, outcome.anomaly_map)
 
 
 def _table(report: Report) -> Table:

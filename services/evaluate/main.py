@@ -16,7 +16,8 @@ from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.comparison import CONTENDERS
 from feddymem.datasets import DatasetError, SiteData, load_sites
 from feddymem.experiment import Experiment, Result, drawn, extract_all, run, seeds_run
-from feddymem.feature_cache import FeatureCache, default_folder
+from feddymem.feature_cache import FeatureCache
+from feddymem.folders import cache_folder
 from feddymem.images import ImageError
 from feddymem.memory_reduce import Progress as Report
 from feddymem.method import Method
@@ -91,7 +92,7 @@ def evaluate(
         names, numbers = parse_methods(methods), parse_seeds(seeds)
         sites = _load(data)
         extractor = backbone.load()
-        features = FeatureCache(cache or default_folder(), extractor)
+        features = FeatureCache(cache or cache_folder(), extractor)
         out.mkdir(parents=True, exist_ok=True)  # before hours of work, should it not be possible
         for results in _results(sites, names, numbers, train_images, method, features, console):
             experiment = Experiment(str(data), extractor.feature_space, method, numbers, train_images, results)

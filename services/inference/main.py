@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from services.inference.batcher import Batcher
+from services.inference.inspector import Inspector
+from services.inference.open_inference import OpenInferenceServicer
 from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
@@ -30,11 +32,12 @@ def main(args: list[str]) -> None:
 
 async def _serve(settings: InferenceSettings) -> None:
     registry = Registry(settings)
-    batcher = Batcher(settings.max_batch, settings.queue_size)
-    servicer = InspectionServicer(registry, batcher, settings.max_pixels)
+    batcher = Batcher(settings.batch, settings.max_delay_seconds, settings.room, settings.max_pixels)
+    inspector = Inspector(registry, batcher)
+    services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
     try:
-        async with listening(settings, [servicer.service], settings.max_request_bytes) as readiness:
+        async with listening(settings, services, settings.max_request_bytes) as readiness:
             await registry.load()
             publishers = (settings.aggregator, *settings.edge_clients)
             await run_until_stopped(
@@ -46,6 +49,7 @@ async def _serve(settings: InferenceSettings) -> None:
             )
     finally:
         batcher.stop()
+        inspector.close()
 
 
 async def _show(readiness: Readiness, registry: Registry) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import torch
@@ -27,6 +30,7 @@ from services.runtime.messages import feature_space_from_message, generator_from
 
 _log = get_logger()
 _ANY_SITE = ""
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +180,7 @@ class Registry:
         memory = self._memories.get(federation)
         if memory is None:
             return
-        built = await asyncio.to_thread(self._build, memory)
+        built = await _in_own_thread(partial(self._build, memory))
         for active in built:
             before = self._active.get((federation, active.site))
             self._active[federation, active.site] = active
@@ -198,7 +202,9 @@ class Registry:
                 _log.error("generator_refused", federation=memory.federation, site=site, reason=str(error))
                 continue
             scorer = Scorer(extractor, bank, network)
-            scorer.inspect(torch.zeros(1, 3, size, size))  # warm: the first request must not pay for it
+            scorer.inspect(
+                torch.zeros(self._settings.batch, 3, size, size)
+            )  # warm: the first request must not pay for it
             built.append(Active(memory.federation, site, memory.version, scorer))
         return built
 
@@ -231,6 +237,8 @@ class Registry:
                     space.tile_size,
                     space.tile_overlap,
                     self._device,
+                    self._settings.runtime,
+                    self._settings.precision,
                 )
             except (ValueError, FileNotFoundError) as error:
                 raise precondition(
@@ -265,3 +273,12 @@ class Registry:
         # Hashed, because names come from other processes and must not become paths.
         name = hashlib.sha256(f"{release.federation}\0{release.site}".encode()).hexdigest()[:32]
         return self._folder / f"{name}-{release.kind}-{release.version:010}.binpb"
+
+
+async def _in_own_thread(work: Callable[[], _Result]) -> _Result:
+    """Computes in a thread that ends then, and with it OpenMP's team for it, see `feddymem.threads`."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="build")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    finally:
+        pool.shutdown(wait=False)

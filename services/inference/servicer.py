@@ -1,23 +1,23 @@
-"""The inference service's RPCs: a thin adapter over registry and batcher."""
+"""InspectionService: a thin adapter over the inspector."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+import dataclasses
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-import cv2
-import grpc
 from grpc import aio
 
-from feddymem.images import ImageError, Pixels, decode, from_raw
-from feddymem.scoring import anomaly_map, heatmap
+from feddymem.images import EncodedImage, ImageError, RawImage
 from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,
     MAP_FORMAT_UNSPECIFIED,
+    VERDICT_ANOMALOUS,
+    VERDICT_NORMAL,
+    VERDICT_UNSPECIFIED,
     AnomalyMap,
     InspectError,
     InspectRequest,
@@ -25,22 +25,27 @@ from feddymem.v1.inspection_pb2 import (
     InspectStreamRequest,
     InspectStreamResponse,
     MapFormat,
+    Region,
 )
-from services.inference import metrics
-from services.inference.batcher import Batcher, Timed
-from services.inference.registry import Active, Registry
+from services.inference.in_order import in_order
+from services.inference.inspector import Inspection, Inspector, MapKind, Result
+from services.inference.outcomes import counted
 from services.runtime.errors import Refusal, as_refusal, invalid
 from services.runtime.server import Service
 
-_STREAM_WINDOW = 8
-"""Images of one stream in work at once."""
+_MAP_KINDS: dict[MapFormat.ValueType, MapKind] = {
+    MAP_FORMAT_UNSPECIFIED: "none",
+    MAP_FORMAT_FLOAT32: "float32",
+    MAP_FORMAT_PNG: "png",
+}
+_Context = aio.ServicerContext[Any, Any]
 
 
 class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
     """Serves inspections."""
 
-    def __init__(self, registry: Registry, batcher: Batcher, max_pixels: int) -> None:
-        self._registry, self._batcher, self._max_pixels = registry, batcher, max_pixels
+    def __init__(self, inspector: Inspector) -> None:
+        self._inspector = inspector
 
     @property
     def service(self) -> Service:
@@ -50,98 +55,82 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
         )
 
-    async def Inspect(self, request: InspectRequest, context: aio.ServicerContext[Any, Any]) -> InspectResponse:
+    async def Inspect(self, request: InspectRequest, context: _Context) -> InspectResponse:
         """See inspection.proto."""
-        try:
-            response = await self._inspect(request)
-        except BaseException as error:
-            metrics.INSPECTIONS.labels(_outcome(error)).inc()
-            raise
-        metrics.INSPECTIONS.labels("ok").inc()
-        return response
+        return await self._inspect(request, context, patient=False)
 
-    async def InspectStream(
-        self, request_iterator: AsyncIterator[InspectStreamRequest], context: aio.ServicerContext[Any, Any]
+    def InspectStream(
+        self, request_iterator: AsyncIterator[InspectStreamRequest], context: _Context
     ) -> AsyncIterator[InspectStreamResponse]:
         """See inspection.proto."""
-        window: asyncio.Queue[asyncio.Task[InspectStreamResponse] | None] = asyncio.Queue(_STREAM_WINDOW)
+        return in_order(request_iterator, partial(self._inspect_one, context))
 
-        async def read() -> None:
-            try:
-                async for request in request_iterator:
-                    await window.put(asyncio.create_task(self._inspect_one(request, context)))
-            finally:
-                await window.put(None)
-
-        reader = asyncio.create_task(read())
+    async def _inspect_one(self, context: _Context, request: InspectStreamRequest) -> InspectStreamResponse:
         try:
-            while (task := await window.get()) is not None:
-                yield await task
-            await reader
-        finally:
-            reader.cancel()
-            while not window.empty():
-                if (task := window.get_nowait()) is not None:
-                    task.cancel()
-
-    async def _inspect_one(
-        self, request: InspectStreamRequest, context: aio.ServicerContext[Any, Any]
-    ) -> InspectStreamResponse:
-        try:
-            return InspectStreamResponse(id=request.id, result=await self.Inspect(request.inspect, context))
+            result = await self._inspect(request.inspect, context, patient=True)
+            return InspectStreamResponse(id=request.id, result=result)
         except (Refusal, ImageError) as error:
             refusal = as_refusal(error)
             assert refusal is not None
             code: int = refusal.status.value[0]
             return InspectStreamResponse(id=request.id, error=InspectError(code=code, message=refusal.text))
 
-    async def _inspect(self, request: InspectRequest) -> InspectResponse:
-        if request.map_format not in (MAP_FORMAT_UNSPECIFIED, MAP_FORMAT_FLOAT32, MAP_FORMAT_PNG):
-            raise invalid(f"map_format is {request.map_format}; expected UNSPECIFIED (0), FLOAT32 (1) or PNG (2)")
-        decoder = self._decoder(request)
-        active = self._registry.find(request.federation, request.site)
-        timed = await self._batcher.inspect(active, decoder)
-        anomalies = None
-        if request.map_format != MAP_FORMAT_UNSPECIFIED:
-            anomalies = await asyncio.to_thread(_map, request.map_format, active, timed)
-        return InspectResponse(
-            score=timed.inspection.score,
-            map=anomalies,
-            federation=active.federation,
-            site=request.site or active.site,
-            release=active.release,
-            queue_seconds=timed.queue_seconds,
-            compute_seconds=timed.compute_seconds,
-        )
-
-    def _decoder(self, request: InspectRequest) -> Callable[[], Pixels]:
-        kind = request.WhichOneof("image")
-        if kind == "encoded":
-            return partial(decode, request.encoded, self._max_pixels)
-        if kind == "raw":
-            raw = request.raw
-            return partial(from_raw, raw.data, raw.height, raw.width, raw.channels, raw.bits, self._max_pixels)
-        raise invalid("the request has no image; set `encoded` or `raw`")
+    async def _inspect(self, request: InspectRequest, context: _Context, patient: bool) -> InspectResponse:
+        with counted():
+            inspection = _inspection(request, context.peer(), context.time_remaining(), patient)
+            return _response(await self._inspector.inspect(inspection))
 
 
-def _map(form: MapFormat.ValueType, active: Active, timed: Timed) -> AnomalyMap:
-    distances = timed.inspection.distances
-    if form == MAP_FORMAT_FLOAT32:
-        size = active.scorer.extractor.feature_space.input_size
-        values = anomaly_map(distances, (size, size))
-        return AnomalyMap(format=form, height=size, width=size, data=values.astype("<f4").tobytes())
-    values = anomaly_map(distances, (timed.height, timed.width))
-    colours = heatmap(values, active.scorer.typical_distance)
-    _, png = cv2.imencode(".png", cv2.cvtColor(colours, cv2.COLOR_RGB2BGR))
-    return AnomalyMap(format=form, height=timed.height, width=timed.width, data=png.tobytes())
-
-
-def _outcome(error: BaseException) -> str:
-    if isinstance(error, asyncio.CancelledError):
-        return "cancelled"
-    refusal = as_refusal(error) if isinstance(error, Exception) else None
-    if refusal is None:
-        return "failed"
-    return (
-        "rejected" if refusal.status in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE) else "invalid"
+def _inspection(request: InspectRequest, caller: str, seconds_left: float | None, patient: bool) -> Inspection:
+    if request.map_format not in _MAP_KINDS:
+        raise invalid(f"map_format is {request.map_format}; expected UNSPECIFIED (0), FLOAT32 (1) or PNG (2)")
+    return Inspection(
+        image=_image(request),
+        federation=request.federation,
+        site=request.site,
+        map_kind=_MAP_KINDS[request.map_format],
+        threshold=request.threshold if request.HasField("threshold") else None,
+        pixel_threshold=request.pixel_threshold if request.HasField("pixel_threshold") else None,
+        caller=caller,
+        seconds_left=seconds_left,
+        patient=patient,
     )
+
+
+def _image(request: InspectRequest) -> EncodedImage | RawImage:
+    kind = request.WhichOneof("image")
+    if kind == "encoded":
+        return EncodedImage(request.encoded)
+    if kind == "raw":
+        raw = request.raw
+        if raw.bits not in (8, 16):
+            raise invalid(f"raw image has {raw.bits} bits; expected 8 or 16")
+        return RawImage(raw.data, raw.height, raw.width, raw.channels, raw.bits)
+    raise invalid("the request has no image; set `encoded` or `raw`")
+
+
+def _response(result: Result) -> InspectResponse:
+    verdict = VERDICT_UNSPECIFIED
+    if result.anomalous is not None:
+        verdict = VERDICT_ANOMALOUS if result.anomalous else VERDICT_NORMAL
+    return InspectResponse(
+        score=result.score,
+        map=_map(result),
+        federation=result.federation,
+        site=result.site,
+        release=result.release,
+        queue_seconds=result.queue_seconds,
+        compute_seconds=result.compute_seconds,
+        verdict=verdict,
+        regions=[Region(**dataclasses.asdict(region)) for region in result.regions],
+    )
+
+
+def _map(result: Result) -> AnomalyMap | None:
+    if result.float_map is not None:
+        height, width = result.float_map.shape
+        data = result.float_map.astype("<f4", copy=False).tobytes()
+        return AnomalyMap(format=MAP_FORMAT_FLOAT32, height=height, width=width, data=data)
+    if result.png_map is not None:
+        return AnomalyMap(format=MAP_FORMAT_PNG, height=result.height, width=result.width, data=result.png_map)
+    return None

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
+from feddymem.backbone import resolve_device
 from feddymem.images import MAX_PIXELS
+from feddymem.runtimes import Precision, RuntimeName
 from services.runtime.settings import Address, ClientSettings, Name
 
 
@@ -26,9 +28,38 @@ class InferenceSettings(ClientSettings):
     federations: tuple[Name, ...] = Field(
         default=(), description="federations to serve; empty for all that the aggregator has"
     )
-    max_batch: int = Field(default=8, ge=1, le=1024, description="images computed together, at most")
-    queue_size: int = Field(default=64, ge=1, le=100_000, description="inspections waiting, at most; more are refused")
+    runtime: RuntimeName = Field(
+        default="auto", description="what computes the backbone: openvino, torch, or auto for the fastest on the device"
+    )
+    precision: Precision = Field(
+        default="float32", description="of the backbone's arithmetic; bfloat16 is faster and less exact"
+    )
+    max_batch: int | None = Field(
+        default=None, ge=1, le=1024, description="images computed together, at most; none: 2 on a CPU, 32 on a GPU"
+    )
+    max_delay_seconds: float = Field(
+        default=0.002,
+        ge=0,
+        le=10,
+        description="time that a batch with room waits for images that have arrived and are being decoded",
+    )
+    queue_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="inspections waiting, at most; more are refused; none: twice max_batch, a short wait on any device",
+    )
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
     max_request_bytes: int = Field(
         default=64 * 2**20, ge=1024, le=2**31 - 1, description="largest request accepted, in bytes"
     )
+
+    @property
+    def batch(self) -> int:
+        """Images computed together, at most. A GPU needs many to be busy; a CPU gains next to nothing from more."""
+        return self.max_batch or {"cpu": 2, "cuda": 32}[resolve_device(self.device)]
+
+    @property
+    def room(self) -> int:
+        """Inspections waiting, at most."""
+        return self.queue_size or 2 * self.batch

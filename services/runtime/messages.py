@@ -44,6 +44,7 @@ def feature_space_from_message(message: feature_space_pb2.FeatureSpace) -> Featu
         border_weight=message.border_weight,
         channels=message.channels,
         grid=message.grid,
+        preparation=message.preparation,
     )
     if space.fingerprint != message.fingerprint:
         raise invalid(

@@ -24,7 +24,7 @@ RPC_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 600),
 )
 
-_OURS = "/feddymem."
+_OURS = ("/feddymem.", "/inference.")
 _log = get_logger()
 
 

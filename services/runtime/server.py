@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import prometheus_client
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,10 +32,17 @@ _log = get_logger()
 
 @dataclass(frozen=True)
 class Service:
-    """One gRPC service to be served: its full name, and what adds its servicer to a server."""
+    """One gRPC service to be served.
+
+    Attributes:
+        name: its full name.
+        add: adds its servicer to a server.
+        pool: has its descriptors.
+    """
 
     name: str
     add: Callable[[aio.Server], None]
+    pool: DescriptorPool = field(default_factory=descriptor_pool.Default)
 
 
 class Readiness:
@@ -72,9 +82,10 @@ async def listening(
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
     await readiness.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
     await readiness.set(False)
-    reflection.enable_server_reflection(
-        (*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
-    )
+    standard = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    files = [service.pool.FindFileContainingSymbol(service.name) for service in services]
+    files += [descriptor_pool.Default().FindFileContainingSymbol(name) for name in standard]
+    reflection.enable_server_reflection((*names, *standard), server, _pool_of(files))
     address = _bind(server, settings.listen)
     host, _, port = settings.metrics_listen.rpartition(":")
     metrics, _thread = prometheus_client.start_http_server(int(port), host)
@@ -123,6 +134,20 @@ async def run_until_stopped(*work: Coroutine[Any, Any, None], until_done: bool =
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+def _pool_of(files: Iterable[FileDescriptor]) -> DescriptorPool:
+    """Files and all that they import, in one pool."""
+    pool = DescriptorPool()
+
+    def add(file: FileDescriptor) -> None:
+        for imported in file.dependencies:
+            add(imported)
+        pool.AddSerializedFile(file.serialized_pb)
+
+    for file in files:
+        add(file)
+    return pool
 
 
 def _bind(server: aio.Server, address: str) -> str:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import yaml
 
-from feddymem.client import InspectionClient
+from feddymem.client import InspectionClient, NotServedError, UnavailableError
 from feddymem.datasets import SiteData, load_sites
 from feddymem.synthetic import write_products
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
@@ -86,11 +86,10 @@ def inference_flags(aggregator: RunningService, edges: Iterable[RunningService])
 
 def serves(inference: RunningService, site: SiteData, release: int) -> bool:
     """Whether an inference service scores a site's images with a release."""
-    with InspectionClient(inference.grpc, site=site.name) as client:
+    with InspectionClient(inference.grpc, site=site.name, attempts=1) as client:
         try:
-            return client.inspect(site.train[0].read_bytes()).release == release
-        except grpc.RpcError as error:
-            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)  # noqa: PT017
+            return client.inspect(site.train[0]).release == release
+        except (UnavailableError, NotServedError):
             return False
 
 

@@ -18,7 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from feddymem.client import InspectionClient
+from feddymem.client import InspectionClient, InspectionError, UnavailableError
 from feddymem.datasets import SiteData
 from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN
 from services.cli.status import get_status
@@ -214,9 +214,8 @@ def test_inference_is_ready_exactly_when_it_can_score_and_needs_nobody_to_go_on(
     with grpc.insecure_channel(inference.grpc) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
         assert next(watch).status == NOT_SERVING
-        with InspectionClient(inference.grpc) as client, pytest.raises(grpc.RpcError) as caught:
-            client.inspect(site.train[0].read_bytes())
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        with InspectionClient(inference.grpc, attempts=1) as client, pytest.raises(UnavailableError):
+            client.inspect(site.train[0])
         watch.cancel()
     fleet.kill("inference", signal.SIGTERM)
     edge = fleet.start("edge", "edge", *edge_flags(aggregator, site))
@@ -243,14 +242,14 @@ def test_an_overloaded_queue_refuses_with_a_hint_and_serves_the_rest(system: Sys
     image = site.train[0].read_bytes()
     together = threading.Barrier(16)
 
-    with InspectionClient(inference.grpc, site=site.name) as client:
+    with InspectionClient(inference.grpc, site=site.name, attempts=1) as client:
 
         def call(_number: int) -> tuple[grpc.StatusCode, str]:
             together.wait()
             try:
                 client.inspect(image)
-            except grpc.RpcError as error:
-                return error.code(), error.details() or ""
+            except InspectionError as error:
+                return error.status, str(error)
             return grpc.StatusCode.OK, ""
 
         with ThreadPoolExecutor(16) as pool:

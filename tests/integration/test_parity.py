@@ -6,22 +6,19 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 import torch
 
 from feddymem.backbone import load_extractor
-from feddymem.client import InspectionClient
+from feddymem.client import InspectionClient, InvalidRequestError, NotServedError
 from feddymem.datasets import SiteData
 from feddymem.images import decode
 from feddymem.scoring import Scorer, anomaly_map
-from feddymem.v1.inspection_pb2 import MAP_FORMAT_FLOAT32
 from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_from_wire
 from services.runtime.messages import feature_space_from_message, generator_from_wire
 from tests.integration.conftest import StartAggregator, edge_flags, inference_flags, published, serves
-from tests.integration.test_aggregator import refused
 from tests.integration.test_lifecycle import run_service
 
 METHOD = {"bank_items": 60, "memory_items": 100, "rounds": 2}
@@ -59,11 +56,13 @@ def assert_scored_as_by(scorer: Scorer, inference: RunningService, site: SiteDat
     images = [next(i.path for i in site.test if i.defect == wanted) for wanted in (False, True)]
     with InspectionClient(inference.grpc, site=site.name) as client:
         for path in images:
-            answer = client.inspect(path.read_bytes(), MAP_FORMAT_FLOAT32)
+            answer = client.inspect(path, map_kind="float32")
             [expected] = scorer.inspect(scorer.extractor.prepare(decode(path.read_bytes()))[None])
             assert answer.score == pytest.approx(expected.score, rel=1e-4)
-            values = np.frombuffer(answer.map.data, "<f4").reshape(answer.map.height, answer.map.width)
-            np.testing.assert_allclose(values, anomaly_map(expected.distances, (size, size)), rtol=1e-4, atol=1e-4)
+            assert answer.anomaly_map is not None
+            np.testing.assert_allclose(
+                answer.anomaly_map, anomaly_map(expected.distances, (size, size)), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_each_site_is_scored_with_its_own_memory_generator(
@@ -84,14 +83,9 @@ def test_each_site_is_scored_with_its_own_memory_generator(
         assert_scored_as_by(Scorer(extractor, bank_from_wire(memory), generator), inference, site)
     assert not torch.equal(weights[0], weights[1])
 
-    image = sites[0].train[0].read_bytes()
-    for name, status, said in (
-        ("moon", grpc.StatusCode.NOT_FOUND, "'moon'"),
-        ("", grpc.StatusCode.INVALID_ARGUMENT, "name the site"),
-    ):
-        with InspectionClient(inference.grpc, site=name) as client:
-            code, text = refused(lambda client=client: client.inspect(image))  # type: ignore[misc]
-        assert (code, said in text) == (status, True)
+    for name, kind, said in (("moon", NotServedError, "'moon'"), ("", InvalidRequestError, "name the site")):
+        with InspectionClient(inference.grpc, site=name) as client, pytest.raises(kind, match=said):
+            client.inspect(sites[0].train[0])
 
 
 def test_images_in_tiles_are_scored_as_by_the_library(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from feddymem import distances
-from feddymem.distances import nearest_items, nearest_of_each, squared_distances
+from feddymem.distances import nearest_items, squared_distances
 
 Points = NDArray[np.float32]
 ROWS = (1, 3, 20, 100)
@@ -36,19 +36,7 @@ def test_nearest_items_gives_distance_and_index(rows: int) -> None:
     np.testing.assert_allclose(found.numpy(), np.sqrt(squared.min(1)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_nearest_of_each_looks_at_the_items_of_one_group_at_a_time(rows: int) -> None:
-    points, items, squared = points_and_items()
-    groups = [[0, 1, 2], [2, 6], [3], [0, 1, 2, 3, 4, 5, 6]]
-    with blocks_of(rows, items):
-        found = nearest_of_each(
-            torch.from_numpy(points), torch.from_numpy(items), [torch.tensor(group) for group in groups]
-        )
-    expected = np.stack([squared[:, group].min(1) for group in groups])
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
-
-
 def test_distances_of_points_far_from_the_origin_to_themselves_are_never_negative() -> None:
     points = torch.full((4, 3), 1e4) + torch.arange(4)[:, None]
     assert (squared_distances(points, (points * points).sum(1), points) >= 0).all()
-    assert (nearest_of_each(points, points, [torch.arange(4)]) >= 0).all()
+    assert (nearest_items(points, points)[0] >= 0).all()

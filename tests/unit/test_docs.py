@@ -13,6 +13,7 @@ import services.aggregator.metrics
 import services.edge_client.metrics
 import services.inference.metrics
 import services.runtime.rpc  # noqa: F401 - registers its metrics
+from feddymem.client import channel
 from services.aggregator.settings import AggregatorSettings, FederationSettings
 from services.cli import exit_codes
 from services.edge_client.settings import EdgeClientSettings
@@ -49,7 +50,8 @@ def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None
     expected: dict[str, object] = {}
     for model in (AggregatorSettings, FederationSettings, EdgeClientSettings, InferenceSettings):
         expected |= settings_in_seconds(model)
-    expected |= {name: value for name, value in vars(channels).items() if name.endswith("_SECONDS")}
+    for module in (channels, channel):
+        expected |= {name: value for name, value in vars(module).items() if name.endswith("_SECONDS")}
     assert {name: float(value) for name, value in listed.items()} == expected
 
 

@@ -9,9 +9,11 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from torch import Tensor
 
 from feddymem.backbone import FeatureExtractor, load_extractor
-from feddymem.feature_cache import CachedPatches, FeatureCache, default_folder
+from feddymem.feature_cache import CachedPatches, FeatureCache
+from feddymem.folders import cache_folder
 from feddymem.images import ImageError, decode_file
 
 
@@ -28,13 +30,13 @@ def paths(tmp_path: Path) -> list[Path]:
 def passes(small: FeatureExtractor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Images of each pass of the backbone."""
     counts: list[int] = []
-    network = small.network.forward
+    maps = small.feature_maps
 
-    def forward(images: object) -> object:
-        counts.append(len(images))  # type: ignore[arg-type]
-        return network(images)
+    def counted(pixels: Tensor) -> Tensor:
+        counts.append(len(pixels))
+        return maps(pixels)
 
-    monkeypatch.setattr(small.network, "forward", forward)
+    monkeypatch.setattr(small, "feature_maps", counted)
     return counts
 
 
@@ -146,6 +148,6 @@ def test_a_source_of_cached_patches_has_all_images_in_order(
 
 def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "feddymem"
+    assert cache_folder() == tmp_path / "feddymem"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert default_folder() == Path.home() / ".cache" / "feddymem"
+    assert cache_folder() == Path.home() / ".cache" / "feddymem"

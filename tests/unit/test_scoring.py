@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -11,32 +12,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from torch import nn
+from PIL import Image
+from torch.nn import functional
 
 from feddymem.backbone import FeatureExtractor
 from feddymem.generator import MemoryGenerator
+from feddymem.images import Pixels, decode
 from feddymem.memory import MemoryBank
-from feddymem.scoring import Scorer, anomaly_map, heatmap, of_one_origin
+from feddymem.scoring import Region, Scorer, anomaly_map, heatmap_png, of_one_origin, regions
 from tests.feature_spaces import SPACE
 
 GRID, CHANNELS = 4, 2
 GRIDS = hnp.arrays(np.float32, (6, 6), elements=st.floats(0, 10, width=16))
 
 
-class Pixels(nn.Module):
-    """A backbone whose patch features are the first two colours of its input."""
-
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return [nn.functional.avg_pool2d(images[:, :CHANNELS], 8)]
+def first_colours(pixels: torch.Tensor) -> torch.Tensor:
+    """Feature maps that are the first two colours."""
+    return functional.avg_pool2d(pixels[:, :CHANNELS], 8)
 
 
 def small_extractor() -> FeatureExtractor:
-    return FeatureExtractor(
-        Pixels(),
-        dataclasses.replace(
-            SPACE, reductions=(8,), layers=(2,), pooling=1, context_weight=0.0, border_weight=1.0, channels=CHANNELS
-        ),
+    space = dataclasses.replace(
+        SPACE, reductions=(8,), layers=(2,), pooling=1, context_weight=0.0, border_weight=1.0, channels=CHANNELS
     )
+    return FeatureExtractor(space, first_colours, torch.device("cpu"))
+
+
+def heatmap(pixels: NDArray[np.float32], typical_distance: float) -> Pixels:
+    return decode(heatmap_png(pixels, typical_distance))
 
 
 def memory(*items: tuple[float, ...], spread: float = 0.5) -> MemoryBank:
@@ -282,3 +285,94 @@ def test_a_heatmap_has_the_size_of_the_map() -> None:
 def test_a_memory_without_spread_gives_a_heatmap_too(value: float) -> None:
     """As without memory-reduce: its items are patches, whose distance to themselves is zero."""
     assert heatmap(np.full((3, 3), value, np.float32), 0.0).shape == (3, 3, 3)
+
+
+def pixel_map(*rows: str) -> NDArray[np.float32]:
+    """A map of digits; a dot is 0."""
+    return np.array([[float(value.replace(".", "0")) for value in row] for row in rows], np.float32)
+
+
+def test_regions_are_boxes_with_the_largest_peak_first() -> None:
+    pixels = pixel_map(
+        "33......",
+        "3....5..",
+        "....55..",
+        "........",
+        "9.....34",
+    )
+    assert regions(pixels, 3, (5, 8)) == (
+        Region(top=4, left=0, height=1, width=1, area=1, peak=9),
+        Region(top=1, left=4, height=2, width=2, area=3, peak=5),
+        Region(top=4, left=6, height=1, width=2, area=2, peak=4),
+        Region(top=0, left=0, height=2, width=2, area=3, peak=3),
+    )
+
+
+def test_a_region_reaches_the_threshold_and_does_not_have_to_pass_it() -> None:
+    assert regions(pixel_map("234"), 3, (1, 3)) == (Region(top=0, left=1, height=1, width=2, area=2, peak=4),)
+
+
+def test_pixels_that_touch_at_their_corners_are_one_region() -> None:
+    pixels = pixel_map("5...", ".6..", "...7", "....")
+    assert regions(pixels, 5, (4, 4)) == (
+        Region(top=2, left=3, height=1, width=1, area=1, peak=7),
+        Region(top=0, left=0, height=2, width=2, area=2, peak=6),
+    )
+
+
+def test_the_peak_is_the_regions_own_and_not_that_of_its_box() -> None:
+    pixels = pixel_map("55555", "5...5", "5.9.5", "5...5", "55555")
+    assert regions(pixels, 5, (5, 5)) == (
+        Region(top=2, left=2, height=1, width=1, area=1, peak=9),
+        Region(top=0, left=0, height=5, width=5, area=16, peak=5),
+    )
+
+
+def test_a_normal_map_has_no_regions() -> None:
+    assert regions(np.full((8, 8), 2.9, np.float32), 3, (80, 80)) == ()
+
+
+def test_regions_are_in_pixels_of_the_image() -> None:
+    pixels = np.zeros((4, 4), np.float32)
+    pixels[1:3, 2] = 5
+    assert regions(pixels, 5, (40, 20)) == (Region(top=10, left=10, height=20, width=5, area=100, peak=5),)
+    assert regions(pixels, 5, (2, 2)) == (Region(top=0, left=1, height=2, width=1, area=0, peak=5),)
+    # Where pixels of the map end within one of the image, all of that is in the box.
+    assert regions(pixels, 5, (10, 6)) == (Region(top=2, left=3, height=6, width=2, area=8, peak=5),)
+
+
+@given(st.sampled_from([1, 28, 56, 224]), st.integers(1, 9000), st.integers(1, 9000))
+def test_a_region_of_the_whole_map_is_the_whole_image(side: int, height: int, width: int) -> None:
+    assert regions(np.ones((side, side), np.float32), 0.5, (height, width)) == (
+        Region(top=0, left=0, height=height, width=width, area=height * width, peak=1),
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(29, 123), (58, 450)])
+def test_a_region_does_not_reach_out_of_the_image(height: int, width: int) -> None:
+    """Sizes at which (size / 28) * 28 is more than the size."""
+    (region,) = regions(np.ones((28, 28), np.float32), 1, (height, width))
+    assert (region.height, region.width) == (height, width)
+
+
+@given(hnp.arrays(np.float32, (7, 5), elements=st.sampled_from([0, 1, 2])), st.integers(1, 90), st.integers(1, 90))
+def test_regions_lie_in_the_image_and_cover_what_is_anomalous(
+    pixels: NDArray[np.float32], height: int, width: int
+) -> None:
+    found = regions(pixels, 1, (height, width))
+    covered = np.zeros((height, width), np.bool_)
+    for region in found:
+        assert 0 <= region.top < region.top + region.height <= height
+        assert 0 <= region.left < region.left + region.width <= width
+        covered[region.top : region.top + region.height, region.left : region.left + region.width] = True
+    for row, column in np.argwhere(pixels >= 1):
+        assert covered[int((row + 0.5) * height / 7), int((column + 0.5) * width / 5)]
+    assert [region.peak for region in found] == sorted((region.peak for region in found), reverse=True)
+
+
+def test_a_heatmap_is_a_png_of_256_colours() -> None:
+    with Image.open(io.BytesIO(heatmap_png(np.zeros((5, 9), np.float32), 1.0))) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "P", (9, 5))
+        palette = image.getpalette()
+    assert palette is not None
+    assert len({tuple(palette[at : at + 3]) for at in range(0, len(palette), 3)}) > 200

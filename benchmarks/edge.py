@@ -1,0 +1,171 @@
+"""The edge side: features a second against the bare backbone, memory-reduce against a greedy coreset, aggregation.
+
+The greedy coreset is k-centre as PatchCore's implementations have it: all patches in memory, and after every pick the
+distance of each to it. Both reduce the same patches to the same number of items, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks import interleaved, parts, spread, write_result
+from feddymem import memory_reduce
+from feddymem.aggregate import aggregate
+from feddymem.backbone import FeatureExtractor, load_extractor
+from feddymem.distances import nearest_items
+from feddymem.extraction import extract
+from feddymem.images import EncodedImage
+from feddymem.memory import MemoryBank
+from feddymem.patches import PatchFile
+from services.runtime.hardware import configure_hardware
+
+IMAGES = 500
+DRAWN = 100
+ITEMS = 1568
+BATCH = 8
+ROUNDS = 5
+SITES = (10, 100, 1000)
+_MIB = 2**20
+
+app = typer.Typer()
+
+
+def extraction(extractor: FeatureExtractor, folder: Path) -> dict[str, object]:
+    """Images a second: the backbone alone on prepared images, and files to patch features on disk; in turns."""
+    paths = []
+    for number, data in enumerate(parts.jpegs(8 * BATCH)):
+        paths.append(folder / f"{number}.jpg")
+        paths[-1].write_bytes(data)
+    pixels = torch.stack([extractor.read(EncodedImage(data)).pixels for data in parts.jpegs(BATCH)])
+
+    def bare() -> None:
+        for _ in range(len(paths) // BATCH):
+            extractor.feature_maps(pixels)
+
+    times = interleaved(
+        {"backbone": bare, "extraction": lambda: extract(paths, extractor, folder / "features.f16", BATCH)}, ROUNDS, 2
+    )
+    rates = {name: round(len(paths) / np.median(values) * 1000, 1) for name, values in times.items()}
+    return {
+        "images_per_second": rates,
+        "milliseconds": {name: spread(values) for name, values in times.items()},
+        "extraction_to_backbone": round(rates["extraction"] / rates["backbone"], 3),
+    }
+
+
+def _patches(extractor: FeatureExtractor, folder: Path) -> PatchFile:
+    """Patches of IMAGES images: of DRAWN, again and again with a little noise of their own, which no two images share."""
+    paths = []
+    for number in range(DRAWN):
+        paths.append(folder / f"part{number}.jpg")
+        paths[-1].write_bytes(parts.jpeg(parts.picture(number, 512)))
+    drawn = extract(paths, extractor, folder / "drawn.f16").patches
+    patches = PatchFile(folder / "patches.f16", drawn.patches_per_image, drawn.channels)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(IMAGES // DRAWN):
+        for block in drawn.blocks():
+            patches.append((block + torch.randn(block.shape, generator=rng)).numpy().astype(np.float16))
+    return patches
+
+
+def greedy(patches: Tensor, count: int) -> Tensor:
+    """Items by plain greedy k-centre, (count, channels)."""
+    picks, nearest = [0], torch.full((len(patches),), torch.inf)
+    for _ in range(count - 1):
+        nearest = torch.minimum(nearest, (patches - patches[picks[-1]]).square().sum(1))
+        picks.append(int(nearest.argmax()))
+    return patches[picks]
+
+
+@app.command()
+def reduce(how: str, file: Path, images: int, out: Path) -> None:
+    """One reduction, in this process; prints seconds and the growth of its peak memory in MiB."""
+    configure_hardware(None)
+    source = PatchFile(out.with_suffix(".empty"), 784, 152)
+    source.path, source.images = file, images
+    next(source.blocks())  # what reading costs once is not the reduction's
+    before, start = _peak_mib(), time.perf_counter()
+    if how == "memory-reduce":
+        items = memory_reduce.reduce(source, ITEMS).items
+    else:
+        items = greedy(torch.cat([block.flatten(0, 1) for block in source.blocks()]), ITEMS).numpy()
+    seconds, growth = time.perf_counter() - start, _peak_mib() - before
+    np.save(out, items)
+    print(json.dumps({"seconds": round(seconds, 2), "peak_growth_mib": round(growth, 1)}))
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reduction(patches: PatchFile, folder: Path) -> dict[str, object]:
+    """Time, memory and coverage of both."""
+    result: dict[str, object] = {}
+    seen = torch.cat([block[:, ::16].flatten(0, 1) for block in patches.blocks()])
+    for how in ("memory-reduce", "greedy"):
+        runs = []
+        for _ in range(2):
+            out = folder / f"{how}.npy"
+            command = [sys.executable, "-m", "benchmarks.edge", "reduce", how, str(patches.path)]
+            done = subprocess.run([*command, str(patches.images), str(out)], check=True, capture_output=True)
+            runs.append(json.loads(done.stdout))
+        distances, _ = nearest_items(seen, torch.from_numpy(np.load(out)))
+        result[how] = {
+            "runs": runs,
+            "mean_distance": round(float(distances.mean()), 3),
+            "largest_distance": round(float(distances.max()), 3),
+        }
+    return {"images": patches.images, "items": ITEMS, **result}
+
+
+def aggregation(channels: int) -> dict[str, float]:
+    """Seconds to merge the banks of so many sites into 12,288 items."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(64, channels)).astype(np.float32) * 8
+    seconds = {}
+    for count in SITES:
+        banks = []
+        for _ in range(count):
+            items = centres[rng.integers(0, len(centres), ITEMS)] + rng.normal(size=(ITEMS, channels))
+            banks.append(
+                MemoryBank(items.astype(np.float32), np.ones((ITEMS, 1), np.float32), np.ones(ITEMS, np.float32))
+            )
+        seconds[str(count)] = _seconds(lambda banks=banks: aggregate(banks, 12_288))  # type: ignore[misc]
+    return seconds
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return round(time.perf_counter() - start, 2)
+
+
+@app.command()
+def main() -> None:
+    """Measures and writes benchmarks/results/edge.json."""
+    configure_hardware(None)
+    extractor = load_extractor()
+    with TemporaryDirectory(prefix="feddymem-bench-") as name:
+        folder = Path(name)
+        result = {
+            "extraction": extraction(extractor, folder),
+            "reduction": reduction(_patches(extractor, folder), folder),
+            "aggregation_seconds_by_sites": aggregation(extractor.feature_space.channels),
+        }
+    write_result("edge", result)
+
+
+if __name__ == "__main__":
+    app() if len(sys.argv) > 1 else main()

@@ -1,0 +1,44 @@
+"""Clients of the inference service, for programs with and without asyncio.
+
+Example:
+    with InspectionClient("127.0.0.1:7072", site="plant-a") as client:
+        result = client.inspect("part.png", threshold=2.5)
+        print(result.score, result.verdict)
+
+docs/clients.md has more, and callers in other languages.
+"""
+
+from __future__ import annotations
+
+from feddymem.client.asynchronous import AsyncInspectionClient
+from feddymem.client.errors import (
+    InspectionError,
+    InspectionTimeoutError,
+    InvalidRequestError,
+    NotServedError,
+    OverloadedError,
+    ServiceFailedError,
+    UnavailableError,
+)
+from feddymem.client.images import Image
+from feddymem.client.requests import MapKind, Wishes
+from feddymem.client.results import InspectionResult, Region, Verdict
+from feddymem.client.synchronous import InspectionClient
+
+__all__ = [
+    "AsyncInspectionClient",
+    "Image",
+    "InspectionClient",
+    "InspectionError",
+    "InspectionResult",
+    "InspectionTimeoutError",
+    "InvalidRequestError",
+    "MapKind",
+    "NotServedError",
+    "OverloadedError",
+    "Region",
+    "ServiceFailedError",
+    "UnavailableError",
+    "Verdict",
+    "Wishes",
+]

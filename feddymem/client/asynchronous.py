@@ -1,0 +1,82 @@
+"""The client for programs with asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from types import TracebackType
+from typing import Unpack
+
+import grpc
+from grpc import aio
+
+from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
+from feddymem.client.errors import InspectionError, from_rpc_error
+from feddymem.client.images import Image
+from feddymem.client.in_order import in_order_async
+from feddymem.client.requests import ClientSettings, Wishes
+from feddymem.client.results import InspectionResult, from_response
+from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
+
+
+class AsyncInspectionClient:
+    """`InspectionClient` for asyncio: made and used inside one event loop.
+
+    Example:
+        async with AsyncInspectionClient("127.0.0.1:7072", site="plant-a") as client:
+            print((await client.inspect("part.png")).score)
+    """
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        federation: str = "",
+        site: str = "",
+        timeout_seconds: float = 30,
+        attempts: int = MAX_ATTEMPTS,
+        window: int = 8,
+    ) -> None:
+        self._settings = ClientSettings(federation, site, timeout_seconds, window)
+        self._channel = aio.insecure_channel(server, options=inspection_options(attempts))
+        self._stub = InspectionServiceStub(self._channel)
+
+    async def __aenter__(self) -> AsyncInspectionClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; inspections under way are cancelled."""
+        await self._channel.close()
+
+    async def inspect(self, image: Image, **wishes: Unpack[Wishes]) -> InspectionResult:
+        """Inspects one image; a file is read, and pixels are packed, on another thread.
+
+        Raises:
+            InspectionError: there is no result; its kind says why.
+        """
+        request = await asyncio.to_thread(self._settings.request, image, wishes)
+        try:
+            return from_response(await self._stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    def inspect_many(
+        self, images: Iterable[Image] | AsyncIterable[Image], **wishes: Unpack[Wishes]
+    ) -> AsyncIterator[InspectionResult | InspectionError]:
+        """Inspects images, several at once; what became of each, in the order of the images.
+
+        See `InspectionClient.inspect_many`. An iterable that is not asynchronous must not block.
+        """
+
+        async def outcome(image: Image) -> InspectionResult | InspectionError:
+            try:
+                return await self.inspect(image, **wishes)
+            except InspectionError as error:
+                return error
+
+        return in_order_async(outcome, images, self._settings.window)

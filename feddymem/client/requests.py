@@ -1,0 +1,91 @@
+"""What both clients, with and without asyncio, ask for."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from feddymem.client.images import Image, as_library_image
+from feddymem.images import EncodedImage, RawImage
+from feddymem.v1.inspection_pb2 import (
+    MAP_FORMAT_FLOAT32,
+    MAP_FORMAT_PNG,
+    MAP_FORMAT_UNSPECIFIED,
+    InspectRequest,
+    MapFormat,
+)
+
+MapKind = Literal["none", "float32", "png"]
+
+_MAP_FORMATS: dict[MapKind, MapFormat.ValueType] = {
+    "none": MAP_FORMAT_UNSPECIFIED,
+    "float32": MAP_FORMAT_FLOAT32,
+    "png": MAP_FORMAT_PNG,
+}
+
+
+class Wishes(TypedDict, total=False):
+    """What may be wished for an inspection; everything can be left out.
+
+    Attributes:
+        map_kind: whether and how the anomaly map is wanted: "float32" for distances, "png" for colours, "none"
+            without it.
+        threshold: anomaly score from which the verdict is anomalous; without it there is no verdict.
+        pixel_threshold: distance from which pixels make up regions; without it there are no regions.
+        timeout_seconds: longest wait for the result, all attempts together; without it, the client's.
+    """
+
+    map_kind: MapKind
+    threshold: float | None
+    pixel_threshold: float | None
+    timeout_seconds: float
+
+
+class ClientSettings:
+    """What a client is set to: whose images it sends, how many at once, and how long it waits for each.
+
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+
+    def __init__(self, federation: str, site: str, timeout_seconds: float, window: int) -> None:
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds is {timeout_seconds}; expected a number above 0")
+        if window < 1:
+            raise ValueError(f"window is {window}; expected at least 1")
+        self.window = window
+        self._federation, self._site, self._timeout = federation, site, timeout_seconds
+
+    def request(self, image: Image, wishes: Wishes) -> InspectRequest:
+        """The request for an image.
+
+        Raises:
+            InvalidRequestError: a file cannot be read, or pixels have no meaning as an image.
+            ValueError: no such kind of map.
+            TypeError: not an image at all.
+        """
+        kind = wishes.get("map_kind", "none")
+        if kind not in _MAP_FORMATS:
+            raise ValueError(f"map_kind is {kind!r}; expected one of {', '.join(_MAP_FORMATS)}")
+        request = InspectRequest(
+            federation=self._federation,
+            site=self._site,
+            map_format=_MAP_FORMATS[kind],
+            threshold=wishes.get("threshold"),
+            pixel_threshold=wishes.get("pixel_threshold"),
+        )
+        _fill(request, as_library_image(image))
+        return request
+
+    def timeout(self, wishes: Wishes) -> float:
+        """Longest wait for the result, in seconds."""
+        return wishes.get("timeout_seconds", self._timeout)
+
+
+def _fill(request: InspectRequest, image: EncodedImage | RawImage) -> None:
+    """Field by field: a message that is made apart and put in is copied with its pixels."""
+    if isinstance(image, EncodedImage):
+        request.encoded = image.data
+        return
+    request.raw.height, request.raw.width = image.height, image.width
+    request.raw.channels, request.raw.bits = image.channels, image.bits
+    request.raw.data = bytes(image.data)

@@ -1,0 +1,94 @@
+"""The client for programs without asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Unpack
+
+import grpc
+
+from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
+from feddymem.client.errors import InspectionError, from_rpc_error
+from feddymem.client.images import Image
+from feddymem.client.in_order import in_order
+from feddymem.client.requests import ClientSettings, Wishes
+from feddymem.client.results import InspectionResult, from_response
+from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
+
+
+class InspectionClient:
+    """Sends images to an inference service; may be used by several threads at once.
+
+    Args:
+        server: HOST:PORT of the inference service, or any gRPC target: `dns:///NAME:PORT` goes round all addresses of a
+            name, `ipv4:A:PORT,B:PORT` round those listed.
+        federation: name of the federation; may be empty where the service has only one.
+        site: site whose line took the images; may be empty where the service has only one, or needs none.
+        timeout_seconds: longest wait for one result, all attempts together.
+        attempts: how often a call is made that the service is not there for, or too busy, before that is an error;
+            1 to 5.
+        window: images of one `inspect_many` that are under way at once, at most.
+
+    Raises:
+        ValueError: a number that makes no sense.
+
+    Example:
+        with InspectionClient("127.0.0.1:7072", site="plant-a") as client:
+            print(client.inspect("part.png").score)
+    """
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        federation: str = "",
+        site: str = "",
+        timeout_seconds: float = 30,
+        attempts: int = MAX_ATTEMPTS,
+        window: int = 8,
+    ) -> None:
+        self._settings = ClientSettings(federation, site, timeout_seconds, window)
+        self._channel = grpc.insecure_channel(server, options=inspection_options(attempts))
+        self._stub = InspectionServiceStub(self._channel)
+
+    def __enter__(self) -> InspectionClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; inspections under way are cancelled."""
+        self._channel.close()
+
+    def inspect(self, image: Image, **wishes: Unpack[Wishes]) -> InspectionResult:
+        """Inspects one image.
+
+        Raises:
+            InspectionError: there is no result; its kind says why.
+        """
+        request = self._settings.request(image, wishes)
+        try:
+            return from_response(self._stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    def inspect_many(
+        self, images: Iterable[Image], **wishes: Unpack[Wishes]
+    ) -> Iterator[InspectionResult | InspectionError]:
+        """Inspects images, several at once; what became of each, in the order of the images.
+
+        Each image is a call of its own: it may go to another server than the one before, and is tried again by itself.
+        The images are taken on another thread.
+        """
+
+        def outcome(image: Image) -> InspectionResult | InspectionError:
+            try:
+                return self.inspect(image, **wishes)
+            except InspectionError as error:
+                return error
+
+        return in_order(outcome, images, self._settings.window)

@@ -1,0 +1,198 @@
+"""Exact search of the nearest items: a screen in low precision, the decision in float32.
+
+Which items can be the nearest is found from distances in bfloat16, the fastest arithmetic that CPUs and GPUs have for
+it; the distances of those few, one or two for most patches and origins, are then computed in float32. What rounding can
+do to the screen is bounded, so that no nearest item is lost: the outcome is that of comparing with all items (ours).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_BLOCK = 16
+"""Items whose least screened distance decides whether any of them is looked at."""
+_SCREEN_BYTES = 64 * 2**20
+"""Bound of the screened distances that are held at once."""
+_STEP = 8192
+"""Items screened at a time, so that their distances are still in a cache when the least of a block is taken."""
+_NORM_PARTS = 3
+"""bfloat16 values whose sum is a squared length, exact to float32."""
+_FAR = 1e38
+"""Squared length of a row that pads a block: never nearest."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Items in blocks whose items are all of the same origins.
+
+    Attributes:
+        items: (blocks * _BLOCK,) int64, index of the item in each row; -1 pads.
+        of_origin: for each origin that has items, int64 numbers of its blocks, ascending.
+    """
+
+    items: NDArray[np.int64]
+    of_origin: list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Query:
+    """Patches as the screen takes them.
+
+    Attributes:
+        patches: (n, channels) float32.
+        screen: (n, screened channels), see `NearestItems`.
+        moved: (n,) float32, how far rounding can have moved a patch and an item together.
+        slack: (n,) float32, what summing can be off by; it is in the screened distances.
+    """
+
+    patches: Tensor
+    screen: Tensor
+    moved: Tensor
+    slack: Tensor
+
+
+class NearestItems:
+    """The squared distance of patches to the nearest item of each origin.
+
+    A screened distance is one product of two rows: |x|^2 and |y|^2 are in them, each as a sum of _NORM_PARTS values
+    times 1, so that the least can be taken from what the product gives.
+
+    Args:
+        items: (m, channels) float32.
+        origins: (m, origins) bool, which origins an item has; at least one. An origin without items is left out.
+    """
+
+    def __init__(self, items: Tensor, origins: Tensor) -> None:
+        blocks = _in_blocks(origins.cpu().numpy())
+        rows = torch.from_numpy(blocks.items).to(items.device)
+        pads = rows < 0
+        self._items = items[rows.clamp_min(0)]
+        self._of_origin = [_numbers(of_origin, items.device) for of_origin in blocks.of_origin]
+        self._dtype = _screen_dtype(items.device)
+        rounded = self._items.to(self._dtype)
+        stored = rounded.float()
+        squares = (stored * stored).sum(1).masked_fill(pads, _FAR)
+        self._screen = torch.cat([-2 * rounded, _parts(squares, self._dtype), _ones(rounded)], 1)
+        self._rounding = (self._items - stored).norm(dim=1).max()
+        self._largest = squares[~pads].max()
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """(n, channels) float32 patches to (origins, n) float32 squared distances."""
+        step = max(1, _SCREEN_BYTES // (len(self._screen) * self._screen.element_size()))
+        return torch.cat([self._nearest(self._query(some)) for some in torch.split(patches, step)], 1)
+
+    def _query(self, patches: Tensor) -> _Query:
+        rounded = patches.to(self._dtype)
+        stored = rounded.float()
+        squares = (stored * stored).sum(1)
+        slack = self._screen.shape[1] * torch.finfo(torch.float32).eps * (squares + self._largest)
+        # With the slack added, no screened distance is negative, and their bits have the order of their values.
+        screen = torch.cat([rounded, _ones(rounded), _parts(squares + slack, self._dtype)], 1)
+        return _Query(patches, screen, (patches - stored).norm(dim=1) + self._rounding, slack)
+
+    def _nearest(self, query: _Query) -> Tensor:
+        screened, least = self._screened(query.screen)
+        found = [self._candidates(query, least, blocks) for blocks in self._of_origin]
+        origin = torch.cat([torch.full_like(patch, number) for number, (_, patch, _) in enumerate(found)])
+        block, patch, limit = (torch.cat(parts) for parts in zip(*found, strict=True))
+        pair, place = _places(screened[block, :, patch] <= limit[:, None])
+        patch, item = patch[pair], block[pair] * _BLOCK + place
+        squared = query.patches.index_select(0, patch).sub_(self._items.index_select(0, item)).square_().sum(1)
+        count = len(query.patches)
+        nearest = squared.new_full((len(self._of_origin) * count,), torch.inf)
+        return nearest.scatter_reduce_(0, origin[pair] * count + patch, squared, "amin").view(-1, count)
+
+    def _screened(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits of the screened distances, (blocks, _BLOCK, n), and of the least of each block, (blocks, n)."""
+        distances = query.new_empty(len(self._screen), len(query))
+        bits = _bits(distances).view(-1, _BLOCK, len(query))
+        least = torch.empty_like(bits[:, 0])
+        for start in range(0, len(distances), _STEP):
+            torch.mm(self._screen[start : start + _STEP], query.T, out=distances[start : start + _STEP])
+            blocks = slice(start // _BLOCK, (start + _STEP) // _BLOCK)
+            torch.amin(bits[blocks], 1, out=least[blocks])
+        return bits, least
+
+    def _candidates(self, query: _Query, least: Tensor, blocks: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks that may hold an origin's item nearest to a patch; the patch; the bits that such an item has at most.
+
+        An item whose screened distance is `best` is not farther than `upper`, and one as near as that has a screened
+        distance of at most the limit.
+        """
+        mine = least[blocks]
+        unit = torch.finfo(self._dtype).eps
+        best = mine.amin(0).view(self._dtype).float() * (1 + unit)
+        upper = (best.sqrt() + 2 * query.moved).square()
+        limit = _bits(((upper + 2 * query.slack) * (1 + 2 * unit)).to(self._dtype))
+        number, patch = _places(mine <= limit)
+        return blocks.start + number if isinstance(blocks, slice) else blocks[number], patch, limit[patch]
+
+
+def _screen_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes with it; elsewhere it would be slower than float32."""
+    if device.type == "cuda":
+        # The bound holds for sums in float32, which torch does not promise on CUDA unless told to.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns where a mask is true. On the CPU by numpy, which takes a third of torch's time."""
+    flat = mask.flatten()
+    found = torch.from_numpy(np.flatnonzero(flat.numpy())) if mask.device.type == "cpu" else flat.nonzero().squeeze(1)
+    return found // mask.shape[1], found % mask.shape[1]
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Values of at least 0 as integers of the same order, which compare faster."""
+    return values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+
+
+def _ones(like: Tensor) -> Tensor:
+    return torch.ones_like(like[:, :1]).expand(-1, _NORM_PARTS)
+
+
+def _parts(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) float32 as (n, _NORM_PARTS) of a lower precision that sum up to them."""
+    parts = []
+    for _ in range(_NORM_PARTS):
+        parts.append(values.to(dtype))
+        values = values - parts[-1].float()
+    return torch.stack(parts, 1)
+
+
+def _numbers(blocks: NDArray[np.int64], device: torch.device) -> Tensor | slice:
+    """Numbers of blocks to index with; a slice, which copies nothing, where they follow each other."""
+    first, last = int(blocks[0]), int(blocks[-1])
+    return slice(first, last + 1) if last - first + 1 == len(blocks) else torch.from_numpy(blocks).to(device)
+
+
+def _in_blocks(origins: NDArray[np.bool_]) -> _Blocks:
+    """Items of the same origins together, in full blocks; those left over once for each of their origins."""
+    kinds, kind_of = np.unique(origins, axis=0, return_inverse=True)
+    groups: list[tuple[NDArray[np.int64], list[int]]] = []
+    left: list[list[int]] = [[] for _ in range(origins.shape[1])]
+    for number, kind in enumerate(kinds):
+        items, mine = np.flatnonzero(kind_of == number), np.flatnonzero(kind).tolist()
+        full = len(items) // _BLOCK * _BLOCK
+        groups.append((items[:full], mine))
+        for origin in mine:
+            left[origin] += items[full:].tolist()
+    for origin, over in enumerate(left):
+        groups.append((np.array(over + [-1] * (-len(over) % _BLOCK), np.int64), [origin]))
+    of_origin: list[list[int]] = [[] for _ in left]
+    first = 0
+    for items, mine in groups:
+        for origin in mine:
+            of_origin[origin] += range(first, first + len(items) // _BLOCK)
+        first += len(items) // _BLOCK
+    rows = np.concatenate([items for items, _ in groups])
+    return _Blocks(rows, [np.array(blocks, np.int64) for blocks in of_origin if blocks])

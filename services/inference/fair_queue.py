@@ -1,0 +1,88 @@
+"""What waits to be inspected: bounded, and fair between callers."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class FairQueue(Generic[Item]):
+    """A bounded queue that serves callers in turn, whatever each of them has waiting.
+
+    When it is full, the caller with the most waiting loses its newest, so that one caller cannot keep the others out.
+
+    Args:
+        size: items that may wait, at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: dict[str, deque[Item]] = {}
+        self._count = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def ahead(self, caller: str) -> int:
+        """How many items would be served before another one of a caller."""
+        with self._changed:
+            ahead = mine = len(self._waiting.get(caller, ()))
+            turns = mine + 1
+            for name, items in self._waiting.items():
+                if name == caller:  # who stands behind it has one turn less
+                    turns = mine
+                else:
+                    ahead += min(len(items), turns)
+            return ahead
+
+    def put(self, item: Item, caller: str) -> Item | None:
+        """Adds an item; what must be refused for it, which is the item itself where its caller has the most waiting."""
+        with self._changed:
+            refused = None
+            if self._count >= self._size:
+                greediest = max(self._waiting, key=lambda name: len(self._waiting[name]))
+                if len(self._waiting[greediest]) <= len(self._waiting.get(caller, ())) + 1:
+                    return item
+                refused = self._waiting[greediest].pop()
+                self._count -= 1
+            self._waiting.setdefault(caller, deque()).append(item)
+            self._count += 1
+            self._changed.notify()
+            return refused
+
+    def get(self) -> Item | None:
+        """The next caller's oldest item, as soon as there is one; None once the queue is closed and empty."""
+        with self._changed:
+            while not self._count:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            # Callers stand in the order of the dict; whoever was served goes to its end.
+            caller = next(iter(self._waiting))
+            items = self._waiting.pop(caller)
+            item = items.popleft()
+            if items:
+                self._waiting[caller] = items
+            self._count -= 1
+            return item
+
+    def remove(self, item: Item, caller: str) -> None:
+        """Takes out an item that nobody waits for any more, if it is still there."""
+        with self._changed:
+            items = self._waiting.get(caller, deque())
+            if item in items:
+                items.remove(item)
+                self._count -= 1
+                if not items:
+                    del self._waiting[caller]
+
+    def close(self) -> None:
+        """Lets `get` end when everything is taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -1,0 +1,174 @@
+"""From an image to its result, whichever protocol it came by: find the release, queue, score, judge, draw."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from feddymem.images import EncodedImage, RawImage
+from feddymem.scoring import Region, anomaly_map, heatmap_png, regions
+from feddymem.threads import leave_cores
+from services.inference.batcher import Batcher, Scored
+from services.inference.registry import Active, Registry
+from services.runtime.errors import Refusal, invalid
+
+MapKind = Literal["none", "float32", "png"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """One image to be inspected, as a protocol's adapter understood its request.
+
+    Attributes:
+        image: the image, not decoded.
+        federation: name of the federation; may be empty where the service has only one.
+        site: site whose line took the image; may be empty where the service has only one.
+        map_kind: whether, and in what form, the anomaly map is wanted.
+        threshold: anomaly score from which the verdict is anomalous; None for no verdict.
+        pixel_threshold: distance from which pixels make up regions; None for no regions.
+        caller: who asks; callers are served in turn.
+        seconds_left: until the caller stops waiting; None for as long as it takes.
+        patient: whether to wait for room instead of being refused; for streams, whose senders are held back meanwhile.
+    """
+
+    image: EncodedImage | RawImage
+    federation: str = ""
+    site: str = ""
+    map_kind: MapKind = "none"
+    threshold: float | None = None
+    pixel_threshold: float | None = None
+    caller: str = ""
+    seconds_left: float | None = None
+    patient: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What an inspection found.
+
+    Attributes:
+        score: anomaly score, in units of the feature space.
+        anomalous: the verdict; None without a threshold.
+        regions: anomalous regions, in pixels of the image, largest peak first.
+        float_map: (input_size, input_size) float32; None unless asked for.
+        png_map: a PNG file at the size of the image; None unless asked for.
+        height: rows of the image.
+        width: columns of the image.
+        federation: name of the federation.
+        site: as it was named, or the one that scored.
+        release: version of the release that scored.
+        queue_seconds: from arrival to the start of the computation, decoding included.
+        compute_seconds: of the batch that the image was in.
+    """
+
+    score: float
+    anomalous: bool | None
+    regions: tuple[Region, ...]
+    float_map: NDArray[np.float32] | None
+    png_map: bytes | None
+    height: int
+    width: int
+    federation: str
+    site: str
+    release: int
+    queue_seconds: float
+    compute_seconds: float
+
+
+class Inspector:
+    """The core that every protocol is an adapter of."""
+
+    def __init__(self, registry: Registry, batcher: Batcher) -> None:
+        self._registry, self._batcher = registry, batcher
+        self._drawing = 0
+        self._drawers = ThreadPoolExecutor(1, thread_name_prefix="draw", initializer=leave_cores)
+
+    def close(self) -> None:
+        """Ends the threads after the work that is accepted."""
+        self._drawers.shutdown()
+
+    async def inspect(self, inspection: Inspection) -> Result:
+        """Inspects one image.
+
+        Raises:
+            Refusal: unknown federation or site, a threshold that makes no sense, nothing to score with, no room in the
+                queue, or the caller's time is up.
+            ImageError: the image cannot be decoded.
+        """
+        for name, value in (("threshold", inspection.threshold), ("pixel_threshold", inspection.pixel_threshold)):
+            if value is not None and not value >= 0:
+                raise invalid(f"{name} is {value}; expected a number of at least 0")
+        active = self._registry.find(inspection.federation, inspection.site)
+        scored = await self._score(active, inspection)
+        if inspection.map_kind == "none" and not _may_have_regions(inspection, scored):
+            return _result(inspection, active, scored)
+        self._drawing += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._drawers, _result, inspection, active, scored)
+        finally:
+            self._drawing -= 1
+            self._batcher.notify_room()
+
+    async def _score(self, active: Active, inspection: Inspection) -> Scored:
+        started = time.monotonic()
+        while True:
+            left = inspection.seconds_left
+            if left is not None:
+                left -= time.monotonic() - started
+            try:
+                self._require_drawer(inspection)
+                return await self._batcher.inspect(active, inspection.image, inspection.caller, left)
+            except Refusal as refusal:
+                if not inspection.patient or refusal.status is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise
+            await self._batcher.room()
+
+    def _require_drawer(self, inspection: Inspection) -> None:
+        """Maps wait behind the scores, and as few of them."""
+        if inspection.map_kind != "none" and self._drawing >= self._batcher.queue_size:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._drawing} anomaly maps are waiting, as many as are allowed; try again in 0.1 seconds",
+            )
+
+
+def _may_have_regions(inspection: Inspection, scored: Scored) -> bool:
+    """Whether there can be regions: smoothing never lifts the map above the largest distance."""
+    threshold = inspection.pixel_threshold
+    return threshold is not None and float(scored.inspection.distances.max()) >= threshold
+
+
+def _result(inspection: Inspection, active: Active, scored: Scored) -> Result:
+    distances, size = scored.inspection.distances, active.scorer.extractor.feature_space.input_size
+    found: tuple[Region, ...] = ()
+    values = None
+    if inspection.map_kind == "float32" or _may_have_regions(inspection, scored):
+        values = anomaly_map(distances, (size, size))
+        if inspection.pixel_threshold is not None:
+            found = regions(values, inspection.pixel_threshold, (scored.height, scored.width))
+    png = None
+    if inspection.map_kind == "png":
+        png = heatmap_png(anomaly_map(distances, (scored.height, scored.width)), active.scorer.typical_distance)
+    score = scored.inspection.score
+    return Result(
+        score=score,
+        anomalous=None if inspection.threshold is None else score >= inspection.threshold,
+        regions=found,
+        float_map=values if inspection.map_kind == "float32" else None,
+        png_map=png,
+        height=scored.height,
+        width=scored.width,
+        federation=active.federation,
+        site=inspection.site or active.site,
+        release=active.release,
+        queue_seconds=scored.queue_seconds,
+        compute_seconds=scored.compute_seconds,
+    )

@@ -1,0 +1,178 @@
+"""GRPCInferenceService of the Open Inference Protocol: a thin adapter over the inspector."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+from grpc import aio
+
+import feddymem
+from feddymem.images import ImageError
+from feddymem.openinference import open_inference_pb2, open_inference_pb2_grpc
+from feddymem.openinference.open_inference_pb2 import (
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+    ModelReadyRequest,
+    ModelReadyResponse,
+    ModelStreamInferResponse,
+    RepositoryIndexRequest,
+    RepositoryIndexResponse,
+    ServerLiveRequest,
+    ServerLiveResponse,
+    ServerMetadataRequest,
+    ServerMetadataResponse,
+    ServerReadyRequest,
+    ServerReadyResponse,
+)
+from services.inference import tensors
+from services.inference.in_order import in_order
+from services.inference.inspector import Inspection, Inspector, Result
+from services.inference.outcomes import counted
+from services.inference.registry import Registry
+from services.runtime.errors import Refusal, as_refusal, not_found
+from services.runtime.server import Service
+
+_Context = aio.ServicerContext[Any, Any]
+_NAME = "feddymem"
+
+
+_MAX_IMAGES = 256
+"""Images that one request may have."""
+
+
+class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
+    """Serves inspections to clients that know the Open Inference Protocol: a federation is a model.
+
+    Args:
+        inspector: inspects.
+        registry: knows what there is to inspect with.
+    """
+
+    def __init__(self, inspector: Inspector, registry: Registry) -> None:
+        self._inspector, self._registry = inspector, registry
+
+    @property
+    def service(self) -> Service:
+        """What a server needs to serve this."""
+        return Service(
+            "inference.GRPCInferenceService",
+            lambda server: open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server),
+            open_inference_pb2.DESCRIPTOR.pool,
+        )
+
+    async def ServerLive(self, request: ServerLiveRequest, context: _Context) -> ServerLiveResponse:
+        """See open_inference.proto."""
+        return ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: ServerReadyRequest, context: _Context) -> ServerReadyResponse:
+        """See open_inference.proto."""
+        return ServerReadyResponse(ready=self._registry.ready)
+
+    async def ModelReady(self, request: ModelReadyRequest, context: _Context) -> ModelReadyResponse:
+        """See open_inference.proto."""
+        return ModelReadyResponse(ready=bool(self._releases(request.name, request.version)))
+
+    async def ServerMetadata(self, request: ServerMetadataRequest, context: _Context) -> ServerMetadataResponse:
+        """See open_inference.proto."""
+        return ServerMetadataResponse(name=_NAME, version=feddymem.__version__)
+
+    async def ModelMetadata(self, request: ModelMetadataRequest, context: _Context) -> ModelMetadataResponse:
+        """See open_inference.proto."""
+        releases = self._releases(request.name, request.version)
+        if not releases:
+            raise not_found(
+                f"no release {request.version!r} of federation {request.name!r} is active here; check name and version"
+            )
+        return ModelMetadataResponse(
+            name=request.name, versions=releases, platform=_NAME, inputs=tensors.INPUTS, outputs=tensors.OUTPUTS
+        )
+
+    async def RepositoryIndex(self, request: RepositoryIndexRequest, context: _Context) -> RepositoryIndexResponse:
+        """See open_inference.proto."""
+        names = sorted({(active.federation, active.release) for active in self._registry.active()})
+        models = [
+            RepositoryIndexResponse.ModelIndex(name=name, version=str(release), state="READY")
+            for name, release in names
+        ]
+        return RepositoryIndexResponse(models=models)
+
+    async def ModelInfer(self, request: ModelInferRequest, context: _Context) -> ModelInferResponse:
+        """See open_inference.proto."""
+        return await self._infer(request, context, patient=False)
+
+    async def _infer(self, request: ModelInferRequest, context: _Context, patient: bool) -> ModelInferResponse:
+        wanted, site, threshold = tensors.wanted_outputs(request), tensors.site(request), tensors.threshold(request)
+        inspections = [
+            Inspection(
+                image=image,
+                federation=request.model_name,
+                site=site,
+                map_kind="float32" if "anomaly_map" in wanted else "none",
+                threshold=threshold,
+                caller=context.peer(),
+                seconds_left=context.time_remaining(),
+                patient=patient or number > 0,  # a request is refused by its first image, before any is computed
+            )
+            for number, image in enumerate(tensors.images(request, _MAX_IMAGES))
+        ]
+        return _response(request.id, wanted, await self._inspect(inspections, request.model_version))
+
+    def ModelStreamInfer(
+        self, request_iterator: AsyncIterator[ModelInferRequest], context: _Context
+    ) -> AsyncIterator[ModelStreamInferResponse]:
+        """See open_inference.proto."""
+        return in_order(request_iterator, partial(self._infer_one, context))
+
+    async def _infer_one(self, context: _Context, request: ModelInferRequest) -> ModelStreamInferResponse:
+        try:
+            return ModelStreamInferResponse(infer_response=await self._infer(request, context, patient=True))
+        except (Refusal, ImageError) as error:
+            refusal = as_refusal(error)
+            assert refusal is not None
+            return ModelStreamInferResponse(
+                error_message=f"{refusal.status.name}: {refusal.text}", infer_response=ModelInferResponse(id=request.id)
+            )
+
+    async def _inspect(self, inspections: Sequence[Inspection], version: str) -> list[Result]:
+        """Inspects all images of a request, all of them with one release."""
+        # The tasks find their release in one turn of the event loop, in which no swap comes between them.
+        tasks = [asyncio.create_task(self._inspect_one(n, image, version)) for n, image in enumerate(inspections)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _inspect_one(self, number: int, inspection: Inspection, version: str) -> Result:
+        with counted():
+            active = self._registry.find(inspection.federation, inspection.site)
+            if version not in ("", str(active.release)):
+                raise not_found(
+                    f"model_version is {version!r}, but release {active.release} of federation {active.federation!r} "
+                    "is active; leave it empty for the active one"
+                )
+            try:
+                return await self._inspector.inspect(inspection)
+            except ImageError as error:
+                raise ImageError(f"image {number} of the request: {error}") from error
+
+    def _releases(self, federation: str, version: str) -> list[str]:
+        """Active releases of a federation, or the one of a version; several only while a swap is on its way."""
+        found = {active.release for active in self._registry.active() if active.federation == federation}
+        return [str(release) for release in sorted(found) if version in ("", str(release))]
+
+
+def _response(request_id: str, wanted: Sequence[str], results: Sequence[Result]) -> ModelInferResponse:
+    response = ModelInferResponse(
+        model_name=results[0].federation, model_version=str(results[0].release), id=request_id
+    )
+    for name in wanted:
+        values = tensors.output_array(name, results)
+        response.outputs.add(name=name, datatype=tensors.OUTPUT_TYPES[name], shape=values.shape)
+        response.raw_output_contents.append(values.tobytes())
+    return response

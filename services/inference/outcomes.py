@@ -1,0 +1,34 @@
+"""How an inspection ends, counted once for all protocols."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from services.inference import metrics
+from services.runtime.errors import as_refusal
+
+_TRY_AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Counts one inspection when the block is left, by how it is left."""
+    try:
+        yield
+    except BaseException as error:
+        metrics.INSPECTIONS.labels(_outcome(error)).inc()
+        raise
+    metrics.INSPECTIONS.labels("ok").inc()
+
+
+def _outcome(error: BaseException) -> str:
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    refusal = as_refusal(error) if isinstance(error, Exception) else None
+    if refusal is None:
+        return "failed"
+    return "rejected" if refusal.status in _TRY_AGAIN else "invalid"

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import grpc
+import pytest
+from rich.console import Console
+
+import services.cli.inspect
+from feddymem.datasets import DatasetError
+from feddymem.v1.inspection_pb2 import VERDICT_ANOMALOUS, VERDICT_NORMAL, InspectRequest, InspectResponse
+from services.cli.inspect import Inspection, find_images, inspect
+from tests.scripted_service import scripted_service
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("b/2.png", "b/1.JPG", "b/deep/3.tif", "b/notes.txt", "a/4.bmp", "5.jpeg", "odd[1].png", "raw.dat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        (["b"], ["b/1.JPG", "b/2.png", "b/deep/3.tif"]),
+        (["5.jpeg", "a"], ["5.jpeg", "a/4.bmp"]),
+        (["b/2.png", "b"], ["b/2.png", "b/1.JPG", "b/deep/3.tif"]),
+        (["b/*"], ["b/1.JPG", "b/2.png", "b/deep/3.tif"]),
+        (["**/*.png"], ["b/2.png", "odd[1].png"]),
+        (["*/*.[bj]*"], ["a/4.bmp"]),
+        (["odd[1].png"], ["odd[1].png"]),
+        (["raw.dat"], ["raw.dat"]),
+    ],
+)
+def test_files_folders_and_patterns_are_found_in_order_each_once(
+    folder: Path, inputs: list[str], found: list[str]
+) -> None:
+    assert [str(path) for path in find_images(inputs)] == found
+    absolute = find_images([str(folder / each) for each in inputs])
+    assert [str(path.relative_to(folder)) for path in absolute] == found
+
+
+@pytest.mark.parametrize("nothing", ["missing.png", "*.gif", "empty", "e*", "b/*.txt"])
+def test_what_has_no_image_is_named(folder: Path, nothing: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        find_images(["5.jpeg", nothing])
+    assert nothing in str(caught.value)
+
+
+def judge(request: InspectRequest) -> InspectResponse | grpc.StatusCode:
+    """Scores an image with its length; an empty one is none."""
+    if not request.encoded:
+        return grpc.StatusCode.INVALID_ARGUMENT
+    anomalous = request.HasField("threshold") and len(request.encoded) >= request.threshold
+    return InspectResponse(score=len(request.encoded), verdict=VERDICT_ANOMALOUS if anomalous else VERDICT_NORMAL)
+
+
+@pytest.fixture
+def asked(folder: Path) -> Inspection:
+    """All images of the folder, the last of which is none."""
+    for number, path in enumerate(reversed(find_images(["."]))):
+        path.write_bytes(bytes(number))
+    return Inspection((".",), "", "", "", threshold=3, pixel_threshold=None, heatmaps=None, as_json=True, csv="all.csv")
+
+
+def test_lines_are_whole_although_a_terminal_shows_progress(
+    asked: Inspection, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(services.cli.inspect, "_errors", Console(file=terminal, force_terminal=True, highlight=False))
+    with scripted_service(judge) as service:
+        assert inspect(dataclasses.replace(asked, server=service.address)) == 4
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == ["5.jpeg", "a/4.bmp", "b/1.JPG", "b/2.png", "b/deep/3.tif", "odd[1].png"]
+    assert [row.get("score") for row in rows] == [5, 4, 3, 2, 1, None]
+    assert "6/6" in terminal.getvalue()
+    assert "3 anomalous, 1 failed, 2 normal" in terminal.getvalue()
+    with Path("all.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["verdict"] for line in lines] == [*["anomalous"] * 3, *["normal"] * 2, ""]
+    assert [line["regions"] for line in lines] == [*["0"] * 5, ""]
+    assert [line["code"] for line in lines] == [*[""] * 5, "3"]
+
+
+def test_what_is_done_is_kept_when_nobody_answers_any_more(
+    asked: Inspection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted_service(lambda r: grpc.StatusCode.NOT_FOUND if len(r.encoded) == 3 else judge(r)) as service:
+        assert inspect(dataclasses.replace(asked, server=service.address)) == 3
+    printed = capsys.readouterr()
+    assert [json.loads(line)["score"] for line in printed.out.splitlines()] == [5, 4]
+    assert "1.JPG: as told" in printed.err

@@ -1,0 +1,233 @@
+"""From an image to its result: the verdict, and regions and maps for those who ask for them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from feddymem import scoring
+from feddymem.images import EncodedImage, ImageError, RawImage
+from feddymem.scoring import Region, anomaly_map
+from services.inference import inspector as inspector_module
+from services.inference.batcher import Batcher, Scored
+from services.inference.inspector import Inspection, Inspector, MapKind, Result
+from services.inference.registry import Active, Registry
+from services.runtime.changes import Changes
+from services.runtime.errors import Refusal, not_found
+from tests.feature_spaces import SPACE
+
+SECONDS = 30
+IMAGE = EncodedImage(b"image")
+SCORE, HEIGHT, WIDTH = 2.5, 40, 60
+FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+DISTANCES = np.zeros((4, 4), np.float32)
+DISTANCES[0, 3] = 9
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def find(self, federation: str, site: str) -> Active:
+        self.asked.append((federation, site))
+        if federation == "moon":
+            raise not_found("no such federation")
+        scorer: Any = SimpleNamespace(extractor=SimpleNamespace(feature_space=SPACE), typical_distance=1.0)
+        return Active("parts", "", 7, scorer)
+
+
+class FakeBatcher:
+    """Answers with what is in `answers`, the last of them for ever."""
+
+    queue_size = 4
+
+    def __init__(self) -> None:
+        scored = Scored(scoring.Inspection(SCORE, DISTANCES), HEIGHT, WIDTH, queue_seconds=0.5, compute_seconds=0.25)
+        self.answers: list[Scored | Exception] = [scored]
+        self.asked: list[tuple[EncodedImage | RawImage, str, float | None]] = []
+        self.changes = Changes()
+        self.waiting = asyncio.Event()
+
+    def notify_room(self) -> None:
+        self.changes.notify()
+
+    async def inspect(
+        self, active: Active, image: EncodedImage | RawImage, caller: str = "", seconds_left: float | None = None
+    ) -> Scored:
+        self.asked.append((image, caller, seconds_left))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def room(self) -> None:
+        self.waiting.set()
+        await self.changes.wait()
+
+
+class Core:
+    """An inspector between fakes."""
+
+    def __init__(self) -> None:
+        self.registry, self.batcher = FakeRegistry(), FakeBatcher()
+        self.inspector = Inspector(cast(Registry, self.registry), cast(Batcher, self.batcher))
+
+    async def result(self, **wanted: Any) -> Result:
+        return await asyncio.wait_for(self.inspector.inspect(Inspection(IMAGE, **wanted)), SECONDS)
+
+
+@pytest.fixture
+def core() -> Iterator[Core]:
+    core = Core()
+    yield core
+    core.inspector.close()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "anomalous"),
+    [(None, None), (0.0, True), (2.4999, True), (SCORE, True), (2.5001, False), (float("inf"), False)],
+)
+async def test_an_image_is_anomalous_from_the_threshold_on(
+    core: Core, threshold: float | None, anomalous: bool | None
+) -> None:
+    result = await core.result(threshold=threshold)
+    assert result.anomalous is anomalous
+    assert result.score == SCORE
+
+
+@pytest.mark.parametrize("name", ["threshold", "pixel_threshold"])
+@pytest.mark.parametrize("value", [float("nan"), -0.001, -float("inf")])
+async def test_a_threshold_that_makes_no_sense_is_refused_before_anything_is_done(
+    core: Core, name: str, value: float
+) -> None:
+    with pytest.raises(Refusal, match=f"^{name} is {value}; expected a number of at least 0") as caught:
+        await core.result(**{name: value})
+    assert caught.value.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert core.registry.asked == []
+    assert core.batcher.asked == []
+
+
+async def test_nothing_is_drawn_that_nobody_asked_for(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("anomaly_map", "regions", "heatmap_png"):
+        monkeypatch.delattr(inspector_module, name)
+    result = await core.result(threshold=1.0)
+    assert (result.regions, result.float_map, result.png_map) == ((), None, None)
+
+
+@pytest.mark.parametrize("map_kind", ["none", "float32", "png"])
+@pytest.mark.parametrize("pixel_threshold", [None, 4.0])
+async def test_the_result_has_what_was_asked_for_and_nothing_else(
+    core: Core, pixel_threshold: float | None, map_kind: MapKind
+) -> None:
+    result = await core.result(pixel_threshold=pixel_threshold, map_kind=map_kind)
+    assert (result.float_map is not None) == (map_kind == "float32")
+    assert (result.png_map is not None) == (map_kind == "png")
+    assert bool(result.regions) == (pixel_threshold is not None)
+    assert result.anomalous is None
+
+
+async def test_regions_are_those_of_the_map_in_pixels_of_the_image(core: Core) -> None:
+    [region] = (await core.result(pixel_threshold=4.0)).regions
+    pixels = anomaly_map(DISTANCES, (SPACE.input_size, SPACE.input_size))
+    expected = scoring.regions(pixels, 4.0, (HEIGHT, WIDTH))
+    assert (region,) == expected
+    assert isinstance(region, Region)
+    assert (region.top, region.left + region.width) == (0, WIDTH)
+    assert region.height < HEIGHT / 2
+
+
+async def test_a_pixel_threshold_that_nothing_reaches_gives_no_regions(core: Core) -> None:
+    assert (await core.result(pixel_threshold=9.1)).regions == ()
+
+
+async def test_the_float_map_has_the_size_of_the_backbones_input(core: Core) -> None:
+    result = await core.result(map_kind="float32")
+    np.testing.assert_array_equal(result.float_map, anomaly_map(DISTANCES, (SPACE.input_size, SPACE.input_size)))
+
+
+async def test_the_png_has_the_size_of_the_image(core: Core) -> None:
+    result = await core.result(map_kind="png")
+    assert result.png_map is not None
+    with Image.open(io.BytesIO(result.png_map)) as image:
+        assert (image.format, image.size) == ("PNG", (WIDTH, HEIGHT))
+    assert (result.height, result.width) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("wanted", [{"map_kind": "png"}, {"map_kind": "float32"}, {"pixel_threshold": 1.0}])
+async def test_the_event_loop_does_not_draw(
+    core: Core, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return anomaly_map(*args)
+
+    monkeypatch.setattr(inspector_module, "anomaly_map", noted)
+    await core.result(**wanted)
+    assert threads == ["draw_0"]
+
+
+async def test_the_result_says_what_scored_and_how_long_it_took(core: Core) -> None:
+    result = await core.result(federation="parts", site="north", caller="line 3")
+    assert core.registry.asked == [("parts", "north")]
+    assert core.batcher.asked == [(IMAGE, "line 3", None)]
+    assert (result.federation, result.site, result.release) == ("parts", "north", 7)
+    assert (result.queue_seconds, result.compute_seconds) == (0.5, 0.25)
+    assert (await core.result()).site == ""
+
+
+async def test_the_batcher_is_told_how_long_the_caller_waits(core: Core) -> None:
+    await core.result(seconds_left=5.0)
+    [(_image, _caller, left)] = core.batcher.asked
+    assert left is not None
+    assert 4 < left <= 5
+
+
+@pytest.mark.parametrize(
+    "error", [FULL, Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "late"), ImageError("broken"), RuntimeError("bug")]
+)
+async def test_what_goes_wrong_reaches_the_caller_as_it_is(core: Core, error: Exception) -> None:
+    core.batcher.answers = [error]
+    with pytest.raises(type(error)) as caught:
+        await core.result(map_kind="png")
+    assert caught.value is error
+
+
+async def test_an_unknown_federation_is_refused_before_anything_is_queued(core: Core) -> None:
+    with pytest.raises(Refusal, match="no such federation"):
+        await core.result(federation="moon")
+    assert core.batcher.asked == []
+
+
+async def test_a_patient_caller_waits_for_room_and_tries_again(core: Core) -> None:
+    [scored] = core.batcher.answers
+    core.batcher.answers = [FULL, FULL, scored]
+    task = asyncio.create_task(core.result(patient=True, seconds_left=50.0))
+    for tries in (1, 2):
+        await asyncio.wait_for(core.batcher.waiting.wait(), SECONDS)
+        assert len(core.batcher.asked) == tries
+        assert not task.done()
+        core.batcher.waiting.clear()
+        core.batcher.changes.notify()
+    assert (await task).score == SCORE
+    times = [left for _image, _caller, left in core.batcher.asked if left is not None]
+    assert len(times) == 3
+    assert 50 >= times[0] > times[1] > times[2] > 50 - SECONDS
+
+
+@pytest.mark.parametrize("error", [Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "late"), ImageError("broken")])
+async def test_a_patient_caller_waits_for_nothing_but_room(core: Core, error: Exception) -> None:
+    core.batcher.answers = [error]
+    with pytest.raises(type(error)):
+        await core.result(patient=True)
+    assert len(core.batcher.asked) == 1
