@@ -7,13 +7,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+PEER := .venv-peer
 OUT ?= out
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
 IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test check format protos breaking lock images bench clean
+.PHONY: help setup demo clients test check format protos breaking lock images bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,9 +72,25 @@ images: ## Build the container image with podman or docker
 	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --tag $(IMAGE) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) .
 
-bench: setup  ## Measure memory of an edge client and of release swaps; writes benchmarks/results
+bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity on real sets
+	$(BIN)/python -m benchmarks.inspection
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.edge
 	$(BIN)/python -m benchmarks.edge_memory
 	$(BIN)/python -m benchmarks.release_swaps
+	$(if $(DATA),$(BIN)/python -m benchmarks.runtimes $(DATA))
+	$(BIN)/python -m benchmarks.table
+
+bench-gpu: setup  ## Measure backbone and search on a GPU (on the CPU where there is none)
+	$(BIN)/python -m benchmarks.gpu
+
+bench-peer: setup $(PEER)/installed  ## Measure anomalib's PatchCore against our service, in an environment of its own (7 GB)
+	$(BIN)/python -m benchmarks.peer --python $(PEER)/bin/python
+
+$(PEER)/installed: requirements-peer.lock
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peer.lock
+	touch $@
 
 clean:  ## Remove everything that make made
-	rm -rf $(VENV) $(CLIENTS) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(PEER) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -66,7 +66,7 @@ def extraction(extractor: FeatureExtractor, folder: Path) -> dict[str, object]:
 
 
 def _patches(extractor: FeatureExtractor, folder: Path) -> PatchFile:
-    """Patches of IMAGES images: of DRAWN, again and again with a little noise of their own, which no two images share."""
+    """Patches of IMAGES images: of DRAWN again and again, each time with a little noise of its own."""
     paths = []
     for number in range(DRAWN):
         paths.append(folder / f"part{number}.jpg")

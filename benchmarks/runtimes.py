@@ -7,6 +7,7 @@ those of plain torch. `reduced` decodes the images, blown up to 1,024 px, at red
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,7 @@ import typer
 from torch import Tensor
 
 from benchmarks import interleaved, parts, spread, write_result
-from feddymem.backbone import FeatureExtractor, load_extractor
+from feddymem.backbone import FeatureExtractor, MapNetwork, load_extractor
 from feddymem.datasets import SiteData, TestImage, load_sites
 from feddymem.evaluation import auroc
 from feddymem.extraction import extract
@@ -26,8 +27,9 @@ from feddymem.federation import federate
 from feddymem.images import EncodedImage, decode, decode_file
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
+from feddymem.network import EMBEDDED_BACKBONE, load_network
 from feddymem.patches import PatchSource
-from feddymem.runtimes import export
+from feddymem.runtimes import to_onnx
 from feddymem.scoring import Scorer
 from services.runtime.hardware import configure_hardware
 
@@ -44,21 +46,21 @@ def speeds() -> dict[str, dict[str, dict[str, float]]]:
         "torch": torch_maps,
         "openvino": load_extractor(runtime="openvino").feature_maps,
         "openvino bfloat16": load_extractor(runtime="openvino", precision="bfloat16").feature_maps,
-        "onnxruntime": _onnxruntime(load_extractor()),
+        "onnxruntime": _onnxruntime(),
     }
     result = {}
     for batch in BATCHES:
         pixels = torch.rand(batch, 3, 224, 224) * 255
-        work = {name: lambda run=run: run(pixels) for name, run in runtimes.items()}  # type: ignore[misc]
-        times = interleaved(work, ROUNDS)
+        times = interleaved({name: partial(run, pixels) for name, run in runtimes.items()}, ROUNDS)
         result[str(batch)] = {name: spread([value / batch for value in values]) for name, values in times.items()}
     return result
 
 
-def _onnxruntime(extractor: FeatureExtractor) -> Callable[[Tensor], object]:
+def _onnxruntime() -> Callable[[Tensor], object]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(export(extractor), options, providers=["CPUExecutionProvider"])
+    graph = to_onnx(MapNetwork(load_network(EMBEDDED_BACKBONE)), 224)
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda pixels: session.run(None, {name: pixels.numpy()})
 
@@ -103,7 +105,8 @@ def _reduced(sites: Sequence[SiteData], scorer: Scorer) -> np.ndarray:
     off = []
     for image in [image for site in sites for image in site.test][::_EVERY]:
         pixels = decode_file(image.path).astype(np.uint8)
-        data = parts.jpeg(cv2.resize(pixels, (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC))
+        large = cv2.resize(pixels, (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
+        data = parts.jpeg(large)
         extractor = scorer.extractor
         both = torch.stack([extractor.read(EncodedImage(data)).pixels, extractor.prepare(decode(data))])
         small, full = scorer.inspect(both)

@@ -142,7 +142,7 @@ class FeatureExtractor:
         return (self._averaging @ down.view(len(patches) * grid, grid, -1)).view_as(patches)
 
 
-class _MapNetwork(nn.Module):
+class MapNetwork(nn.Module):
     """A backbone from pixels of 0..255 to its layers' feature maps, joined on the finest grid."""
 
     mean: Tensor
@@ -226,7 +226,7 @@ def load_extractor(
     _require_feature_maps(network, feature_space)
     where = torch.device(resolve_device(device))
     key = f"{backbone} {network.weights_sha256} {network.layers}"
-    maps = compiled(_MapNetwork(network).to(where), seen, key, runtime, precision, where)
+    maps = compiled(MapNetwork(network).to(where), seen, key, runtime, precision, where)
     return FeatureExtractor(feature_space, maps, where)
 
 

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +63,7 @@ def extract(
 
     def flush() -> None:
         if batch:
-            patches.append(extractor(torch.stack(batch)).cpu().numpy().astype(np.float16))
+            patches.append(extractor(torch.stack(batch)).half().cpu().numpy())
             batch.clear()
             progress("features", patches.images + len(skipped), len(paths))
 

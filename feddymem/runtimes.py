@@ -121,7 +121,7 @@ def _graph(network: nn.Module, side: int, key: str) -> bytes:
     kept = _kept(path)
     if kept is not None:
         return kept
-    graph = _export(network, side)
+    graph = to_onnx(network, side)
     _require_same_numbers(_by_openvino(graph, "float32"), network, side)
     try:
         _keep(path, graph)
@@ -166,7 +166,8 @@ def _require_same_numbers(maps: FeatureMaps, network: nn.Module, side: int) -> N
         raise RuntimeError(f"its feature maps differ from torch's by {off:.1e} of their length")
 
 
-def _export(network: nn.Module, side: int) -> bytes:
+def to_onnx(network: nn.Module, side: int) -> bytes:
+    """A network (see FeatureMaps) for images of `side` pixels as an ONNX model, for any number of images."""
     pixels = torch.zeros(2, 3, side, side)
     images = torch.export.Dim("images", min=1, max=4096)
     program = torch.onnx.export(network, (pixels,), dynamo=True, dynamic_shapes=({0: images},), verbose=False)

@@ -99,13 +99,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the networks that were exported."""
     sides: list[int] = []
-    export = runtimes._export
+    export = runtimes.to_onnx
 
     def noted(network: nn.Module, side: int) -> bytes:
         sides.append(side)
         return export(network, side)
 
-    monkeypatch.setattr(runtimes, "_export", noted)
+    monkeypatch.setattr(runtimes, "to_onnx", noted)
     return sides
 
 
