@@ -26,7 +26,7 @@ from feddymem.aggregate import aggregate
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.distances import nearest_items
 from feddymem.extraction import extract
-from feddymem.images import EncodedImage
+from feddymem.image_data import EncodedImage
 from feddymem.memory import MemoryBank
 from feddymem.patches import PatchFile
 from services.runtime.hardware import configure_hardware

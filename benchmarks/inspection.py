@@ -31,10 +31,11 @@ from benchmarks.echo import METHOD as ECHO
 from benchmarks.load import Load, run_load
 from benchmarks.publishing import Publishing
 from feddymem.backbone import FeatureExtractor, PreparedImage, load_extractor
-from feddymem.images import EncodedImage
+from feddymem.image_data import EncodedImage
 from feddymem.memory import MemoryBank
 from feddymem.scoring import Scorer, anomaly_map, regions
 from feddymem.search import NearestItems
+from feddymem.threads import leave_cores
 from feddymem.v1.inspection_pb2 import MAP_FORMAT_PNG, InspectRequest
 from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_to_wire
@@ -125,7 +126,7 @@ def library_rate(extractor: FeatureExtractor, memory: MemoryBank, batch: int, se
     scorer, size = Scorer(extractor, memory, None), extractor.feature_space.input_size
     jpegs = itertools.cycle([EncodedImage(jpeg) for jpeg in parts.jpegs(8)])
     done, start = 0, perf_counter()
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2, initializer=leave_cores) as pool:
         ahead: deque[Future[PreparedImage]] = deque()
         while perf_counter() - start < seconds:
             while len(ahead) < 2 * batch + 2:

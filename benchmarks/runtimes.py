@@ -24,7 +24,8 @@ from feddymem.datasets import SiteData, TestImage, load_sites
 from feddymem.evaluation import auroc
 from feddymem.extraction import extract
 from feddymem.federation import federate
-from feddymem.images import EncodedImage, decode, decode_file
+from feddymem.image_data import EncodedImage
+from feddymem.images import decode, decode_file
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
 from feddymem.network import EMBEDDED_BACKBONE, load_network

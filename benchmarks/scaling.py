@@ -13,7 +13,7 @@ import torch
 from benchmarks import interleaved, parts, spread, write_result
 from benchmarks.inspection import INSPECT, request, serving
 from feddymem.backbone import load_extractor
-from feddymem.images import EncodedImage
+from feddymem.image_data import EncodedImage
 from feddymem.scoring import Scorer
 from services.runtime.hardware import configure_hardware
 

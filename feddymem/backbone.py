@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from feddymem import images
 from feddymem.feature_space import FeatureSpace
-from feddymem.images import MAX_PIXELS, EncodedImage, ImageError, Pixels, RawImage
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import MAX_PIXELS, ImageError, Pixels
 from feddymem.network import EMBEDDED_BACKBONE, Network, load_network
 from feddymem.runtimes import FeatureMaps, Precision, RuntimeName, compiled
 from feddymem.tiles import tiled

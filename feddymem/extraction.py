@@ -17,9 +17,7 @@ from feddymem.datasets import DatasetError
 from feddymem.images import MAX_PIXELS, ImageError
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.patches import PatchFile
-from feddymem.threads import leave_cores
-
-_DECODERS = 2
+from feddymem.threads import decoders, leave_cores
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _prepare(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode", initializer=leave_cores) as pool:
+    with ThreadPoolExecutor(decoders(), thread_name_prefix="decode", initializer=leave_cores) as pool:
         ahead: deque[Future[Tensor | ImageError]] = deque()
         for path in paths:
             ahead.append(pool.submit(prepare, path))

@@ -22,14 +22,13 @@ from torch import Tensor
 from feddymem.backbone import FeatureExtractor
 from feddymem.images import ImageError
 from feddymem.patches import images_per_block
-from feddymem.threads import leave_cores
+from feddymem.threads import decoders, leave_cores
 
 LIMIT_BYTES = 4 * 2**30
 """Default bound of the whole folder; about 17,000 images of the default feature space."""
 _KEPT_SHARE = 0.9
 """What is left of the bound after old entries were removed, so that they are not removed one by one."""
 _BATCH_IMAGES = 8
-_DECODERS = 2
 _SUFFIX = ".features"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -70,7 +69,7 @@ class FeatureCache:
         return np.stack([entry for entry in found if entry is not None])
 
     def _extract(self, paths: Sequence[Path]) -> NDArray[np.float16]:
-        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode", initializer=leave_cores) as pool:
+        with ThreadPoolExecutor(decoders(), thread_name_prefix="decode", initializer=leave_cores) as pool:
             prepared = list(pool.map(lambda path: self.extractor.read_file(path).pixels, paths))
         return np.asarray(self.extractor(torch.stack(prepared)).cpu().numpy(), np.float16)
 

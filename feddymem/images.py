@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from feddymem.image_data import EncodedImage, RawImage
+
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 """Default limit of an image's pixels, checked before decoding: 8,000 x 8,000."""
@@ -49,36 +51,6 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 class ImageError(ValueError):
     """An image cannot be decoded, or is larger than allowed."""
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """A JPEG, PNG, BMP or TIFF file.
-
-    Attributes:
-        data: the file's bytes.
-    """
-
-    data: bytes
-
-
-@dataclass(frozen=True, eq=False)
-class RawImage:
-    """Pixels without a codec.
-
-    Attributes:
-        data: rows of interleaved channels, little-endian.
-        height: rows.
-        width: columns.
-        channels: 1 (grey), 3 (R, G, B) or 4 (R, G, B, alpha).
-        bits: of a channel: 8 or 16, of which the full range counts, or 32 for floats of 0..255.
-    """
-
-    data: bytes | memoryview
-    height: int
-    width: int
-    channels: int
-    bits: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,6 +98,8 @@ def _by_openvino(graph: bytes, precision: Precision) -> FeatureMaps:
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Pinned threads wait for their core while another is free, and two services on a machine pin the same ones.
+        "ENABLE_CPU_PINNING": False,
     }
     request = core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
     lock = threading.Lock()

@@ -101,7 +101,7 @@ class Scorer:
         scores = distances.topk(min(_TOP_PATCHES, distances.shape[1]), dim=1).values.mean(1)
         grid = self.extractor.feature_space.grid
         grids = distances.view(-1, grid, grid).cpu().numpy()
-        return [Inspection(score=float(score), distances=grid) for score, grid in zip(scores, grids, strict=True)]
+        return [Inspection(score=score, distances=grid) for score, grid in zip(scores.tolist(), grids, strict=True)]
 
 
 def of_one_origin(squared: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ _SCREEN_BYTES = 64 * 2**20
 """Bound of the screened distances that are held at once."""
 _STEP = 8192
 """Items screened at a time, so that their distances are still in a cache when the least of a block is taken."""
+_PAIRS = 2**18
+"""Bound of the pairs of a patch and an item that are looked at together, 300 MiB at 152 channels; with that many, which
+equal items or one that is much longer than the rest can make, patches are taken in smaller parts."""
 _NORM_PARTS = 3
 """bfloat16 values whose sum is a squared length, exact to float32."""
 _FAR = 1e38
@@ -98,6 +101,8 @@ class NearestItems:
     def _nearest(self, query: _Query) -> Tensor:
         screened, least = self._screened(query.screen)
         found = [self._candidates(query, least, blocks) for blocks in self._of_origin]
+        if sum(len(patch) for _, patch, _ in found) * _BLOCK > _PAIRS and len(query.patches) > 1:
+            return torch.cat([self._nearest(self._query(half)) for half in query.patches.chunk(2)], 1)
         origin = torch.cat([torch.full_like(patch, number) for number, (_, patch, _) in enumerate(found)])
         block, patch, limit = (torch.cat(parts) for parts in zip(*found, strict=True))
         pair, place = _places(screened[block, :, patch] <= limit[:, None])

@@ -6,6 +6,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 
+def decoders() -> int:
+    """How many threads decode beside one that computes with torch's threads: half as many."""
+    return max(1, torch.get_num_threads() // 2)
+
+
 def leave_cores() -> None:
     """Makes torch compute in one thread where this one calls it; for the start of threads that decode or draw.
 

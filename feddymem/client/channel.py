@@ -55,7 +55,8 @@ def service_config(attempts: int) -> dict[str, Any]:
     """What gRPC calls a service config: calls go round all servers of the target; what may work later is tried again.
 
     With 5 attempts the pauses are 0.1, 0.4, 1.6 and 5 s, each up to a fifth shorter or longer: the first passes a queue
-    that is full for a moment, all of them together a restart. Inspection changes nothing, so it may be repeated.
+    that is full for a moment, all of them together a server that starts again within seconds. Inspection changes
+    nothing, so it may be repeated.
     """
     config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if attempts > 1:

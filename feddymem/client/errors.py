@@ -45,7 +45,7 @@ class UnavailableError(InspectionError):
 
 
 class OverloadedError(InspectionError):
-    """The service's queue was full at every attempt, or the message is larger than it accepts."""
+    """The service's queue was full at every attempt."""
 
     advice = "send fewer images at once, or add a server"
 
@@ -71,5 +71,7 @@ _KINDS: dict[grpc.StatusCode, type[InspectionError]] = {
 
 def from_rpc_error(error: grpc.RpcError) -> InspectionError:
     """The error that an unsuccessful call becomes."""
-    kind = _KINDS.get(error.code(), ServiceFailedError)
-    return kind(error.code(), error.details() or error.code().name)
+    text = error.details() or error.code().name
+    if "larger than max" in text:  # so gRPC says that a message has more bytes than the other end accepts
+        return InvalidRequestError(error.code(), text)
+    return _KINDS.get(error.code(), ServiceFailedError)(error.code(), text)

@@ -12,7 +12,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from feddymem.client.errors import InvalidRequestError
-from feddymem.images import EncodedImage, RawImage
+from feddymem.image_data import EncodedImage, RawImage
 
 Image: TypeAlias = bytes | str | os.PathLike[str] | NDArray[np.uint8] | NDArray[np.uint16] | PIL.Image.Image
 """A file's bytes or path (JPEG, PNG, BMP or TIFF); pixels as an array of (height, width), or (height, width, 1, 3 or 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from feddymem.client.images import Image, as_library_image
-from feddymem.images import EncodedImage, RawImage
+from feddymem.image_data import EncodedImage, RawImage
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,

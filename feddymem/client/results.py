@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddymem.client.images import Image, as_library_image
-from feddymem.images import decode, read
 from feddymem.v1 import inspection_pb2
 
 _HEAT_SHARE = 0.4
@@ -79,6 +78,9 @@ class InspectionResult:
     @cached_property
     def heatmap(self) -> NDArray[np.uint8] | None:
         """(height, width, 3) uint8, R, G, B, on the release's fixed scale; None unless asked for."""
+        # Imported here: it sets Pillow and OpenCV up, which a program that draws nothing may not want.
+        from feddymem.images import decode
+
         return None if self.heatmap_png is None else decode(self.heatmap_png).astype(np.uint8, copy=False)
 
     def overlay(self, image: Image, *, full_scale: float | None = None) -> NDArray[np.uint8]:
@@ -96,6 +98,8 @@ class InspectionResult:
             ImageError: the image cannot be decoded.
             InvalidRequestError: its file cannot be read.
         """
+        from feddymem.images import read
+
         pixels = np.rint(read(as_library_image(image)).pixels).astype(np.uint8)
         heat = self.heatmap
         if self.anomaly_map is not None:

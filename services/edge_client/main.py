@@ -77,6 +77,8 @@ def _load_extractor(settings: EdgeClientSettings, device: str) -> FeatureExtract
             settings.tile_size,
             settings.tile_overlap,
             device,
+            settings.runtime,
+            settings.precision,
         )
     except (ValueError, FileNotFoundError) as error:
         raise InvalidSettingsError(str(error)) from error

@@ -13,16 +13,17 @@ import grpc
 import torch
 
 from feddymem.backbone import PreparedImage
-from feddymem.images import EncodedImage, RawImage
+from feddymem.image_data import EncodedImage, RawImage
 from feddymem.scoring import Inspection
-from feddymem.threads import leave_cores
+from feddymem.threads import decoders, leave_cores
 from services.inference import metrics
 from services.inference.fair_queue import FairQueue
 from services.inference.registry import Active
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal
 
-_DECODERS = 2
+_FOR_ROOM = 256
+"""Images of streams and of large requests that may wait outside the queue; their senders are held back meanwhile."""
 _FORGETTING = 0.1
 """Share of the newest batch in the mean that the wait is told from."""
 
@@ -61,8 +62,7 @@ class _Job:
             return False
         if self.expires is None or time.monotonic() < self.expires:
             return True
-        late = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the image was computed")
-        _fail(self.result, late)
+        _fail(self.result, _late())
         return False
 
 
@@ -88,10 +88,10 @@ class Batcher:
         self.queue_size = queue_size
         self._in_work, self._counting = 0, threading.Lock()
         self._seconds_per_image = self._done = 0.0
-        self._room = Changes()
+        self._room, self._for_room = Changes(), 0
         # Bounded, so that what waits for long waits undecoded, in the fair queue; each decoder holds one besides.
-        self._ready: queue.Queue[_Ready | None] = queue.Queue(max(1, max_batch - _DECODERS))
-        self._decoders = [threading.Thread(target=self._decode, name=f"decode-{n}") for n in range(_DECODERS)]
+        self._ready: queue.Queue[_Ready | None] = queue.Queue(max(1, max_batch - decoders()))
+        self._decoders = [threading.Thread(target=self._decode, name=f"decode-{n}") for n in range(decoders())]
         self._computer = threading.Thread(target=self._compute, name="compute")
 
     def start(self) -> None:
@@ -123,6 +123,8 @@ class Batcher:
                 to try again; DEADLINE_EXCEEDED where time ran out.
             ImageError: the image cannot be decoded.
         """
+        if seconds_left is not None and seconds_left <= 0:
+            raise _late()
         wait = self._waiting.ahead(caller) * self._seconds_per_image
         if seconds_left is not None and wait > seconds_left:
             raise self._full(f"images wait for about {wait:.3f} seconds, longer than the {seconds_left:.3f} left")
@@ -132,7 +134,11 @@ class Batcher:
         job.result.add_done_callback(lambda _result: self._count(-1))
         refused = self._waiting.put(job, caller)
         if refused is not None:
-            _fail(refused.result, self._full(f"{self.queue_size} inspections are waiting, as many as are allowed"))
+            full = self._full(f"{self.queue_size} inspections are waiting, as many as are allowed")
+            if refused is job:  # nothing has changed for those who wait for room
+                job.result.cancel()
+                raise full
+            _fail(refused.result, full)
         try:
             return await asyncio.wrap_future(job.result)
         except asyncio.CancelledError:
@@ -147,9 +153,19 @@ class Batcher:
             self._in_work += change
             metrics.WAITING.set(self._in_work)
 
-    async def room(self) -> None:
-        """Waits until another inspection is done."""
-        await self._room.wait()
+    async def room(self, seconds: float | None) -> None:
+        """Waits until another inspection is done, at most so long.
+
+        Raises:
+            Refusal: RESOURCE_EXHAUSTED where as many wait here as are allowed.
+        """
+        if self._for_room >= _FOR_ROOM:
+            raise self._full(f"{self._for_room} images of streams wait for room, as many as are allowed")
+        self._for_room += 1
+        try:
+            await self._room.wait(seconds)
+        finally:
+            self._for_room -= 1
 
     def notify_room(self) -> None:
         """Wakes those who wait for room."""
@@ -215,6 +231,10 @@ class Batcher:
                 break
             batch.append(ready)
         return batch
+
+
+def _late() -> Refusal:
+    return Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the image was computed")
 
 
 def _claim(result: Future[Scored]) -> bool:

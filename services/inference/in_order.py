@@ -28,9 +28,11 @@ async def in_order(
 
     async def read() -> None:
         try:
-            async for request in requests:
+            while True:
                 await room.acquire()
-                begun.put_nowait(asyncio.create_task(answer(request)))
+                begun.put_nowait(asyncio.create_task(answer(await anext(requests))))
+        except StopAsyncIteration:
+            pass
         finally:
             begun.put_nowait(None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from feddymem.images import EncodedImage, RawImage
+from feddymem.image_data import EncodedImage, RawImage
 from feddymem.scoring import Region, anomaly_map, heatmap_png, regions
 from feddymem.threads import leave_cores
 from services.inference.batcher import Batcher, Scored
@@ -123,20 +124,23 @@ class Inspector:
             left = inspection.seconds_left
             if left is not None:
                 left -= time.monotonic() - started
+            waited = time.monotonic() - started
             try:
                 self._require_drawer(inspection)
-                return await self._batcher.inspect(active, inspection.image, inspection.caller, left)
+                scored = await self._batcher.inspect(active, inspection.image, inspection.caller, left)
+                return dataclasses.replace(scored, queue_seconds=scored.queue_seconds + waited)
             except Refusal as refusal:
                 if not inspection.patient or refusal.status is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise
-            await self._batcher.room()
+            await self._batcher.room(left)
 
     def _require_drawer(self, inspection: Inspection) -> None:
-        """Maps wait behind the scores, and as few of them."""
-        if inspection.map_kind != "none" and self._drawing >= self._batcher.queue_size:
+        """Maps and regions wait behind the scores, and as few of them."""
+        draws = inspection.map_kind != "none" or inspection.pixel_threshold is not None
+        if draws and self._drawing >= self._batcher.queue_size:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._drawing} anomaly maps are waiting, as many as are allowed; try again in 0.1 seconds",
+                f"{self._drawing} maps and regions are waiting, as many as are allowed; try again in 0.1 seconds",
             )
 
 

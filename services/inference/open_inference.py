@@ -41,7 +41,7 @@ _Context = aio.ServicerContext[Any, Any]
 _NAME = "feddymem"
 
 
-_MAX_IMAGES = 256
+_MAX_IMAGES = 64
 """Images that one request may have."""
 
 

@@ -202,9 +202,8 @@ class Registry:
                 _log.error("generator_refused", federation=memory.federation, site=site, reason=str(error))
                 continue
             scorer = Scorer(extractor, bank, network)
-            scorer.inspect(
-                torch.zeros(self._settings.batch, 3, size, size)
-            )  # warm: the first request must not pay for it
+            for images in {1, self._settings.batch}:  # warm: the first requests must not pay for it
+                scorer.inspect(torch.zeros(images, 3, size, size))
             built.append(Active(memory.federation, site, memory.version, scorer))
         return built
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from grpc import aio
 
-from feddymem.images import EncodedImage, ImageError, RawImage
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import ImageError
 from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from feddymem.backbone import resolve_device
 from feddymem.images import MAX_PIXELS
-from feddymem.runtimes import Precision, RuntimeName
 from services.runtime.settings import Address, ClientSettings, Name
 
 
@@ -28,12 +27,6 @@ class InferenceSettings(ClientSettings):
     federations: tuple[Name, ...] = Field(
         default=(), description="federations to serve; empty for all that the aggregator has"
     )
-    runtime: RuntimeName = Field(
-        default="auto", description="what computes the backbone: openvino, torch, or auto for the fastest on the device"
-    )
-    precision: Precision = Field(
-        default="float32", description="of the backbone's arithmetic; bfloat16 is faster and less exact"
-    )
     max_batch: int | None = Field(
         default=None, ge=1, le=1024, description="images computed together, at most; none: 2 on a CPU, 32 on a GPU"
     )
@@ -47,7 +40,7 @@ class InferenceSettings(ClientSettings):
         default=None,
         ge=1,
         le=100_000,
-        description="inspections waiting, at most; more are refused; none: twice max_batch, a short wait on any device",
+        description="inspections waiting, at most; more are refused; none: as many as max_batch, a short wait on any device",
     )
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
     max_request_bytes: int = Field(
@@ -62,4 +55,4 @@ class InferenceSettings(ClientSettings):
     @property
     def room(self) -> int:
         """Inspections waiting, at most."""
-        return self.queue_size or 2 * self.batch
+        return self.queue_size or self.batch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from feddymem.images import EncodedImage, RawImage
+from feddymem.image_data import EncodedImage, RawImage
 from feddymem.openinference.open_inference_pb2 import ModelInferRequest, ModelMetadataResponse
 from services.inference.inspector import Result
 from services.runtime.errors import invalid
@@ -17,6 +17,8 @@ _Tensor = ModelInferRequest.InferInputTensor
 _Metadata = ModelMetadataResponse.TensorMetadata
 
 _BITS = {"UINT8": 8, "FP32": 32}
+_TYPED_VALUES = 2**20
+"""Pixels in typed contents that are unpacked; many are slow to, and raw contents need no unpacking."""
 _LENGTH_BYTES = 4
 OUTPUT_TYPES = {"score": "FP32", "verdict": "BOOL", "anomaly_map": "FP32"}
 INPUTS = (_Metadata(name="image", datatype="BYTES", shape=[-1]),)
@@ -88,6 +90,8 @@ def wanted_outputs(request: ModelInferRequest) -> list[str]:
     for name in names:
         if name not in OUTPUT_TYPES:
             raise invalid(f"output {name!r} does not exist; expected some of {', '.join(OUTPUT_TYPES)}")
+    if len(set(names)) < len(names):
+        raise invalid(f"outputs {names} are asked for more than once; name each once")
     if "verdict" in names and not judged:
         raise invalid("output 'verdict' is asked for without a threshold; set the parameter threshold")
     return names or (["score", "verdict"] if judged else ["score"])
@@ -164,6 +168,8 @@ def _raw_images(tensor: _Tensor, raw: bytes | None, most: int) -> list[RawImage]
     height, width, channels = shape[-3:]
     bits = _BITS[tensor.datatype]
     count = _checked_count(shape[0] if len(shape) == 4 else 1, most)
+    if raw is None and math.prod(shape) > _TYPED_VALUES:
+        raise invalid(f"image has {math.prod(shape)} typed values; send more than {_TYPED_VALUES} raw")
     data = memoryview(_packed(tensor) if raw is None else raw)
     size = height * width * channels * bits // 8
     if len(data) != count * size:

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from feddymem.names import NAME_PATTERN
+from feddymem.runtimes import Precision, RuntimeName
 
 ENVIRONMENT_PREFIX = "FEDDYMEM_"
 
@@ -110,6 +111,12 @@ class ClientSettings(ServiceSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; auto is CUDA where there is one"
+    )
+    runtime: RuntimeName = Field(
+        default="auto", description="what computes the backbone: openvino, torch, or auto for the fastest on the device"
+    )
+    precision: Precision = Field(
+        default="float32", description="of the backbone's arithmetic; bfloat16 is faster and less exact"
     )
     checkpoint: Path | None = Field(default=None, description="safetensors file with the backbone's weights")
 

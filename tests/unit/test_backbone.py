@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from feddymem import network
 from feddymem.backbone import FeatureExtractor, MapNetwork, load_extractor, resolve_device
-from feddymem.images import RawImage
+from feddymem.image_data import RawImage
 from feddymem.network import EMBEDDED_BACKBONE, Network
 from tests.feature_spaces import SPACE
 

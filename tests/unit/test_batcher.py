@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from feddymem.backbone import PreparedImage
-from feddymem.images import EncodedImage, ImageError, RawImage
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import ImageError
 from feddymem.scoring import Inspection, Scorer
 from services.inference import batcher as batcher_module
 from services.inference.batcher import Batcher, Scored
@@ -401,7 +402,7 @@ async def test_stopping_finishes_what_is_accepted(extractor: Extractor) -> None:
 
 async def test_room_is_told_of_when_an_inspection_is_done(extractor: Extractor) -> None:
     async with busy_decoders(extractor) as (batcher, held):
-        waiting = asyncio.create_task(batcher.room())
+        waiting = asyncio.create_task(batcher.room(None))
         await asyncio.sleep(0)
         assert not waiting.done()
         extractor.reading.open()

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from feddymem.client import InspectionError, InvalidRequestError
 from feddymem.client.images import as_library_image
 from feddymem.client.requests import ClientSettings
-from feddymem.images import EncodedImage, RawImage, read, to_rgb
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import read, to_rgb
 
 SIDES = st.integers(1, 7)
 SHAPES = st.one_of(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES, st.sampled_from([1, 3, 4])))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from feddymem.images import EncodedImage, ImageError, Pixels, RawImage, decode, decode_file, read, to_rgb
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import ImageError, Pixels, decode, decode_file, read, to_rgb
 from tests.unit.encoded_images import (
     HEIGHT,
     LOSSLESS,

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from feddymem.images import EncodedImage, ImageError, RawImage
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import ImageError
 from feddymem.openinference.open_inference_pb2 import (
     InferParameter,
     InferTensorContents,
