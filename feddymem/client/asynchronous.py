@@ -35,7 +35,7 @@ class AsyncInspectionClient:
         site: str = "",
         timeout_seconds: float = 30,
         attempts: int = MAX_ATTEMPTS,
-        window: int = 8,
+        window: int = 4,
     ) -> None:
         self._settings = ClientSettings(federation, site, timeout_seconds, window)
         self._channel = aio.insecure_channel(server, options=inspection_options(attempts))

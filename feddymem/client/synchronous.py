@@ -46,7 +46,7 @@ class InspectionClient:
         site: str = "",
         timeout_seconds: float = 30,
         attempts: int = MAX_ATTEMPTS,
-        window: int = 8,
+        window: int = 4,
     ) -> None:
         self._settings = ClientSettings(federation, site, timeout_seconds, window)
         self._channel = grpc.insecure_channel(server, options=inspection_options(attempts))
