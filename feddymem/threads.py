@@ -7,8 +7,8 @@ from threadpoolctl import threadpool_limits
 
 
 def decoders() -> int:
-    """How many threads decode beside one that computes with torch's threads: half as many."""
-    return max(1, torch.get_num_threads() // 2)
+    """How many threads decode beside one that computes with torch's threads: half as many, and at least two."""
+    return max(2, torch.get_num_threads() // 2)
 
 
 def leave_cores() -> None:
