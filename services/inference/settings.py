@@ -40,7 +40,7 @@ class InferenceSettings(ClientSettings):
         default=None,
         ge=1,
         le=100_000,
-        description="inspections waiting, at most; more are refused; none: as many as max_batch, a short wait on any device",
+        description="inspections waiting, at most; more are refused; none: as many as max_batch",
     )
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
     max_request_bytes: int = Field(
