@@ -7,7 +7,6 @@ distance of each to it. Both reduce the same patches to the same number of items
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from feddymem import memory_reduce
 from feddymem.aggregate import aggregate
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.distances import nearest_items
+from feddymem.experiment import peak_memory, reset_peak_memory
 from feddymem.extraction import extract
 from feddymem.image_data import EncodedImage
 from feddymem.memory import MemoryBank
@@ -96,18 +96,15 @@ def reduce(how: str, file: Path, images: int, out: Path) -> None:
     source = PatchFile(out.with_suffix(".empty"), 784, 152)
     source.path, source.images = file, images
     next(source.blocks())  # what reading costs once is not the reduction's
-    before, start = _peak_mib(), time.perf_counter()
+    reset_peak_memory()  # what imports held at their most is not the reduction's
+    before, start = peak_memory(), time.perf_counter()
     if how == "memory-reduce":
         items = memory_reduce.reduce(source, ITEMS).items
     else:
         items = greedy(torch.cat([block.flatten(0, 1) for block in source.blocks()]), ITEMS).numpy()
-    seconds, growth = time.perf_counter() - start, _peak_mib() - before
+    seconds, growth = time.perf_counter() - start, (peak_memory() - before) / _MIB
     np.save(out, items)
     print(json.dumps({"seconds": round(seconds, 2), "peak_growth_mib": round(growth, 1)}))
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def reduction(patches: PatchFile, folder: Path) -> dict[str, object]:

@@ -156,12 +156,12 @@ def run(
         cache: gives patch features; after `extract_all`, seconds of runs are comparable.
         progress: told what is being done.
     """
-    _reset_peak_memory()
+    reset_peak_memory()
     started = time.perf_counter()
     sources = {site.name: CachedPatches(cache, site.train) for site in sites}
     detectors = CONTENDERS[name].detectors(sources, method, progress, str(cache.extractor.device))
     detections = {site.name: score(site.test, detectors[site.name], cache, progress) for site in sites}
-    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(_peak_memory())}
+    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(peak_memory())}
     sent = {site: {"bytes_per_site_round": float(max(d.bytes_sent, default=0))} for site, d in detectors.items()}
     return Run({site: {**asdict(figures), **sent[site], **cost} for site, figures in detections.items()})
 
@@ -198,7 +198,7 @@ def _over(statistic: Callable[[Sequence[float]], np.floating], figures: Sequence
     return {key: float(statistic(values)) if values else math.nan for key, values in known.items()}
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Lets the kernel count the peak anew; elsewhere than on Linux the peak is that of the whole process so far.
 
     What earlier runs freed is given back first, so that it does not count for this one.
@@ -213,7 +213,7 @@ def _reset_peak_memory() -> None:
         return
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Most memory that the process held, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
