@@ -64,6 +64,7 @@ lock: setup  ## Lock the newest versions that pyproject.toml allows
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK_FLAGS) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-clients.lock requirements-clients.in
+	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-peer.lock requirements-peer.in
 
 LOCK_FLAGS := --quiet --upgrade --strip-extras --allow-unsafe --no-header \
   --no-emit-index-url --no-emit-trusted-host --no-emit-find-links

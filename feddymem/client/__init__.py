@@ -21,9 +21,10 @@ from feddymem.client.errors import (
     UnavailableError,
 )
 from feddymem.client.images import Image
-from feddymem.client.requests import MapKind, Wishes
-from feddymem.client.results import InspectionResult, Region, Verdict
+from feddymem.client.requests import Wishes
+from feddymem.client.results import InspectionResult, Verdict
 from feddymem.client.synchronous import InspectionClient
+from feddymem.maps import MapKind, Region
 
 __all__ = [
     "AsyncInspectionClient",

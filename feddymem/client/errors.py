@@ -26,8 +26,11 @@ class InspectionError(Exception):
     advice: ClassVar[str] = ""
 
     def __init__(self, status: grpc.StatusCode, text: str) -> None:
-        super().__init__(f"{text}; {self.advice}" if self.advice else text)
-        self.status = status
+        super().__init__(status, text)  # what it is made of, so that it can be sent to another process
+        self.status, self._text = status, text
+
+    def __str__(self) -> str:
+        return f"{self._text}; {self.advice}" if self.advice else self._text
 
 
 class InvalidRequestError(InspectionError):

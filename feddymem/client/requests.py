@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from feddymem.client.images import Image, as_library_image
 from feddymem.image_data import EncodedImage, RawImage
+from feddymem.maps import MapKind
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,
@@ -13,8 +14,6 @@ from feddymem.v1.inspection_pb2 import (
     InspectRequest,
     MapFormat,
 )
-
-MapKind = Literal["none", "float32", "png"]
 
 _MAP_FORMATS: dict[MapKind, MapFormat.ValueType] = {
     "none": MAP_FORMAT_UNSPECIFIED,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddymem.client.images import Image, as_library_image
+from feddymem.maps import Region, coloured
 from feddymem.v1 import inspection_pb2
 
 _HEAT_SHARE = 0.4
@@ -24,27 +25,6 @@ class Verdict(enum.Enum):
 
     NORMAL = "normal"
     ANOMALOUS = "anomalous"
-
-
-@dataclass(frozen=True)
-class Region:
-    """Connected anomalous pixels, in pixels of the image as it was sent.
-
-    Attributes:
-        top: first row.
-        left: first column.
-        height: rows.
-        width: columns.
-        area: pixels of the region itself, at most height * width.
-        peak: largest distance in it, in units of the feature space.
-    """
-
-    top: int
-    left: int
-    height: int
-    width: int
-    area: int
-    peak: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +83,7 @@ class InspectionResult:
         pixels = np.rint(read(as_library_image(image)).pixels).astype(np.uint8)
         heat = self.heatmap
         if self.anomaly_map is not None:
-            heat = _coloured(self.anomaly_map, full_scale, pixels.shape[:2])
+            heat = _heat(self.anomaly_map, full_scale, pixels.shape[:2])
         if heat is not None:
             if heat.shape != pixels.shape:
                 raise ValueError(f"the heatmap is of {heat.shape[:2]} pixels, the image has {pixels.shape[:2]}")
@@ -143,11 +123,10 @@ _VERDICTS = {
 }
 
 
-def _coloured(distances: NDArray[np.float32], full_scale: float | None, size: tuple[int, ...]) -> NDArray[np.uint8]:
+def _heat(distances: NDArray[np.float32], full_scale: float | None, size: tuple[int, ...]) -> NDArray[np.uint8]:
     if full_scale is None or not full_scale > 0:
         raise ValueError(
             f'full_scale is {full_scale}; an anomaly map needs the distance of the last colour (map_kind="png" has one)'
         )
-    grown = cv2.resize(distances, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    levels = (np.clip(grown / full_scale, 0, 1) * 255).astype(np.uint8)
-    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[:, :, ::-1], np.uint8)
+    grown = cv2.resize(distances, (size[1], size[0]), interpolation=cv2.INTER_LINEAR).astype(np.float32, copy=False)
+    return coloured(grown, full_scale)

@@ -11,9 +11,9 @@ import grpc
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
 from feddymem.client.images import Image
-from feddymem.client.in_order import in_order
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
+from feddymem.in_order import in_order
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
 
 

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_curve
 from feddymem.datasets import TestImage
 from feddymem.evaluation import detect
 from feddymem.images import decode_file
+from feddymem.maps import coloured
 
 _CASES = 4
 """Images shown of each kind for each site."""
@@ -161,15 +162,15 @@ def _cases(site: SiteReport) -> dict[str, list[tuple[str, str]]]:
 
 def _overlay(scored: ScoredImage, full_scale: float) -> str:
     """The image, the same with its anomaly map on the site's common scale, and the mask's outline; as a data URL."""
-    pixels = cv2.cvtColor(decode_file(scored.image.path).astype(np.uint8), cv2.COLOR_RGB2BGR)
-    pixels = cv2.resize(pixels, _size(scored.anomalies)[::-1], interpolation=cv2.INTER_AREA)
-    levels = np.clip(scored.anomalies / full_scale * 255, 0, 255).astype(np.uint8)
-    blended = cv2.addWeighted(pixels, 0.55, cv2.applyColorMap(levels, cv2.COLORMAP_TURBO), 0.45, 0)
+    image = decode_file(scored.image.path).astype(np.uint8)
+    pixels = cv2.resize(image, _size(scored.anomalies)[::-1], interpolation=cv2.INTER_AREA)
+    blended = cv2.addWeighted(pixels, 0.55, coloured(scored.anomalies, full_scale), 0.45, 0)
     if scored.image.mask is not None:
         mask = scored.image.read_mask(_size(scored.anomalies)).astype(np.uint8)
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(blended, outlines, -1, (255, 255, 255), 1)
-    _, encoded = cv2.imencode(".jpg", np.hstack([pixels, blended]), [cv2.IMWRITE_JPEG_QUALITY, 85])
+    both = cv2.cvtColor(np.hstack([pixels, blended]), cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(".jpg", both, [cv2.IMWRITE_JPEG_QUALITY, 85])
     return _data_url("image/jpeg", encoded.tobytes())
 
 

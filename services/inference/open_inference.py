@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from typing import Any
 
+import numpy as np
 from grpc import aio
 
 import feddymem
@@ -30,19 +30,21 @@ from feddymem.openinference.open_inference_pb2 import (
     ServerReadyResponse,
 )
 from services.inference import tensors
-from services.inference.in_order import in_order
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.outcomes import counted
 from services.inference.registry import Registry
-from services.runtime.errors import Refusal, as_refusal, not_found
+from services.inference.streams import answer_stream
+from services.runtime.errors import Refusal, invalid, not_found
 from services.runtime.server import Service
 
 _Context = aio.ServicerContext[Any, Any]
 _NAME = "feddymem"
 
-
 _MAX_IMAGES = 64
 """Images that one request may have."""
+_MAX_MAP_BYTES = 64 * 2**20
+"""Anomaly maps of one response, unless it is a single one: as much as a request may have by default. A response is held
+several times while it is made; Triton's and KServe's clients would take 2 GiB."""
 
 
 class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
@@ -126,29 +128,24 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         self, request_iterator: AsyncIterator[ModelInferRequest], context: _Context
     ) -> AsyncIterator[ModelStreamInferResponse]:
         """See open_inference.proto."""
-        return in_order(request_iterator, partial(self._infer_one, context))
 
-    async def _infer_one(self, context: _Context, request: ModelInferRequest) -> ModelStreamInferResponse:
-        try:
+        async def answer(request: ModelInferRequest) -> ModelStreamInferResponse:
             return ModelStreamInferResponse(infer_response=await self._infer(request, context, patient=True))
-        except (Refusal, ImageError) as error:
-            refusal = as_refusal(error)
-            assert refusal is not None
-            return ModelStreamInferResponse(
-                error_message=f"{refusal.status.name}: {refusal.text}", infer_response=ModelInferResponse(id=request.id)
-            )
+
+        return answer_stream(request_iterator, answer, _refused)
 
     async def _inspect(self, inspections: Sequence[Inspection], version: str) -> list[Result]:
         """Inspects all images of a request, all of them with one release."""
         # The tasks find their release in one turn of the event loop, in which no swap comes between them.
-        tasks = [asyncio.create_task(self._inspect_one(n, image, version)) for n, image in enumerate(inspections)]
+        tasks = [asyncio.create_task(self._inspect_one(n, inspections, version)) for n in range(len(inspections))]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _inspect_one(self, number: int, inspection: Inspection, version: str) -> Result:
+    async def _inspect_one(self, number: int, inspections: Sequence[Inspection], version: str) -> Result:
+        inspection = inspections[number]
         with counted():
             active = self._registry.find(inspection.federation, inspection.site)
             if version not in ("", str(active.release)):
@@ -156,6 +153,8 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                     f"model_version is {version!r}, but release {active.release} of federation {active.federation!r} "
                     "is active; leave it empty for the active one"
                 )
+            if inspection.map_kind == "float32":
+                _require_room_for_maps(len(inspections), active.scorer.extractor.feature_space.input_size)
             try:
                 return await self._inspector.inspect(inspection)
             except ImageError as error:
@@ -165,6 +164,21 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         """Active releases of a federation, or the one of a version; several only while a swap is on its way."""
         found = {active.release for active in self._registry.active() if active.federation == federation}
         return [str(release) for release in sorted(found) if version in ("", str(release))]
+
+
+def _require_room_for_maps(count: int, size: int) -> None:
+    most = max(1, _MAX_MAP_BYTES // (size * size * np.dtype(np.float32).itemsize))
+    if count > most:
+        raise invalid(
+            f"{count} anomaly maps of {size} x {size} do not fit into a response; send at most {most} in a "
+            "request, or leave the output 'anomaly_map' out"
+        )
+
+
+def _refused(request: ModelInferRequest, refusal: Refusal) -> ModelStreamInferResponse:
+    return ModelStreamInferResponse(
+        error_message=f"{refusal.status.name}: {refusal.text}", infer_response=ModelInferResponse(id=request.id)
+    )
 
 
 def _response(request_id: str, wanted: Sequence[str], results: Sequence[Result]) -> ModelInferResponse:

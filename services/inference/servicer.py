@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from grpc import aio
 
 from feddymem.image_data import EncodedImage, RawImage
-from feddymem.images import ImageError
+from feddymem.maps import MapKind
 from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
@@ -28,10 +27,10 @@ from feddymem.v1.inspection_pb2 import (
     MapFormat,
     Region,
 )
-from services.inference.in_order import in_order
-from services.inference.inspector import Inspection, Inspector, MapKind, Result
+from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.outcomes import counted
-from services.runtime.errors import Refusal, as_refusal, invalid
+from services.inference.streams import answer_stream
+from services.runtime.errors import Refusal, invalid
 from services.runtime.server import Service
 
 _MAP_KINDS: dict[MapFormat.ValueType, MapKind] = {
@@ -64,22 +63,23 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         self, request_iterator: AsyncIterator[InspectStreamRequest], context: _Context
     ) -> AsyncIterator[InspectStreamResponse]:
         """See inspection.proto."""
-        return in_order(request_iterator, partial(self._inspect_one, context))
 
-    async def _inspect_one(self, context: _Context, request: InspectStreamRequest) -> InspectStreamResponse:
-        try:
-            result = await self._inspect(request.inspect, context, patient=True)
-            return InspectStreamResponse(id=request.id, result=result)
-        except (Refusal, ImageError) as error:
-            refusal = as_refusal(error)
-            assert refusal is not None
-            code: int = refusal.status.value[0]
-            return InspectStreamResponse(id=request.id, error=InspectError(code=code, message=refusal.text))
+        async def answer(request: InspectStreamRequest) -> InspectStreamResponse:
+            return InspectStreamResponse(
+                id=request.id, result=await self._inspect(request.inspect, context, patient=True)
+            )
+
+        return answer_stream(request_iterator, answer, _refused)
 
     async def _inspect(self, request: InspectRequest, context: _Context, patient: bool) -> InspectResponse:
         with counted():
             inspection = _inspection(request, context.peer(), context.time_remaining(), patient)
             return _response(await self._inspector.inspect(inspection))
+
+
+def _refused(request: InspectStreamRequest, refusal: Refusal) -> InspectStreamResponse:
+    code: int = refusal.status.value[0]
+    return InspectStreamResponse(id=request.id, error=InspectError(code=code, message=refusal.text))
 
 
 def _inspection(request: InspectRequest, caller: str, seconds_left: float | None, patient: bool) -> Inspection:

@@ -18,7 +18,7 @@ _Metadata = ModelMetadataResponse.TensorMetadata
 
 _BITS = {"UINT8": 8, "FP32": 32}
 _TYPED_VALUES = 2**20
-"""Pixels in typed contents that are unpacked; many are slow to, and raw contents need no unpacking."""
+"""Values that are unpacked from typed contents, at most: it is slow, and raw contents need none of it."""
 _LENGTH_BYTES = 4
 OUTPUT_TYPES = {"score": "FP32", "verdict": "BOOL", "anomaly_map": "FP32"}
 INPUTS = (_Metadata(name="image", datatype="BYTES", shape=[-1]),)

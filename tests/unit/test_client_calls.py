@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -91,6 +92,13 @@ async def test_what_will_not_work_later_is_not_repeated(status: grpc.StatusCode,
                 await another.inspect(b"x")
         assert caught.value.status == status
         assert len(service.requests) == 2
+
+
+def test_an_error_is_the_same_in_another_process() -> None:
+    for kind in (OverloadedError, InvalidRequestError):
+        error = kind(grpc.StatusCode.RESOURCE_EXHAUSTED, "as told")
+        sent = copy.copy(error)  # made anew from the same parts as by pickle
+        assert (type(sent), str(sent), sent.status) == (kind, str(error), error.status)
 
 
 async def test_a_server_that_is_not_there_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import services.aggregator.metrics
 import services.edge_client.metrics
 import services.inference.metrics
 import services.runtime.rpc  # noqa: F401 - registers its metrics
-from feddymem.client import channel
+from feddymem.client import InspectionClient, channel
 from services.aggregator.settings import AggregatorSettings, FederationSettings
 from services.cli import exit_codes
 from services.edge_client.settings import EdgeClientSettings
@@ -52,7 +53,20 @@ def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None
         expected |= settings_in_seconds(model)
     for module in (channels, channel):
         expected |= {name: value for name, value in vars(module).items() if name.endswith("_SECONDS")}
-    assert {name: float(value) for name, value in listed.items()} == expected
+    assert {name: float(value) for name, value in listed.items()} == expected | client_waits()
+
+
+def client_waits() -> dict[str, object]:
+    """What bounds a call of the client library."""
+    [method] = channel.service_config(channel.MAX_ATTEMPTS)["methodConfig"]
+    policy = method["retryPolicy"]
+    defaults = inspect.signature(InspectionClient).parameters
+    assert policy["maxAttempts"] == defaults["attempts"].default
+    return {
+        **{name: defaults[name].default for name in ("timeout_seconds", "attempts")},
+        **{name: float(policy[name].removesuffix("s")) for name in ("initialBackoff", "maxBackoff")},
+        "backoffMultiplier": policy["backoffMultiplier"],
+    }
 
 
 def test_the_operations_page_lists_exactly_the_exit_codes() -> None:

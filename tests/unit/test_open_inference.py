@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -46,15 +47,21 @@ class FakeActive:
 
     federation: str
     release: int
+    input_size: int
+
+    @property
+    def scorer(self) -> SimpleNamespace:
+        space = SimpleNamespace(input_size=self.input_size)
+        return SimpleNamespace(extractor=SimpleNamespace(feature_space=space))
 
 
 class FakeRegistry:
-    """Two federations."""
+    """Two federations, the second with a large input."""
 
     ready = True
 
     def active(self) -> list[FakeActive]:
-        return [FakeActive("screws", 3), FakeActive("bricks", 12)]
+        return [FakeActive("screws", 3, SIZE), FakeActive("bricks", 12, 2048)]
 
     def find(self, federation: str, site: str) -> FakeActive:
         for active in self.active():
@@ -294,6 +301,36 @@ async def test_a_request_becomes_inspections_of_its_caller(
     assert [output.name for output in answer.outputs] == ["anomaly_map", "score"]
     assert arrays(answer)["anomaly_map"].shape == (2, SIZE, SIZE)
     assert arrays(answer)["anomaly_map"][:, 0, 0].tolist() == [1, 2]
+
+
+async def test_maps_that_do_not_fit_into_a_response_are_refused_before_anything_is_computed(
+    servicer: OpenInferenceServicer, inspector: FakeInspector
+) -> None:
+    """A map of 2048 x 2048 has 16 MiB."""
+    fitting = encoded(*4 * [b"\1"], outputs=outputs("anomaly_map"))
+    fitting.model_name = "bricks"
+    assert arrays(await servicer.ModelInfer(fitting, CONTEXT))["anomaly_map"].shape[0] == 4
+    inspector.seen.clear()
+    for names in (["anomaly_map"], ["score", "anomaly_map"]):
+        asked = encoded(*5 * [b"\1"], outputs=outputs(*names))
+        asked.model_name = "bricks"
+        said = "5 anomaly maps of 2048 x 2048 do not fit into a response; send at most 4 in a request"
+        with pytest.raises(Refusal, match=said) as caught:
+            await servicer.ModelInfer(asked, CONTEXT)
+        assert caught.value.status == grpc.StatusCode.INVALID_ARGUMENT
+    assert inspector.seen == []
+    asked.outputs.pop()
+    assert arrays(await servicer.ModelInfer(asked, CONTEXT))["score"].tolist() == [1] * 5
+
+
+async def test_a_single_map_is_given_whatever_its_size(
+    servicer: OpenInferenceServicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeRegistry, "active", lambda _self: [FakeActive("screws", 3, 8192)])
+    answer = await servicer.ModelInfer(encoded(b"\1", outputs=outputs("anomaly_map")), CONTEXT)
+    assert [output.name for output in answer.outputs] == ["anomaly_map"]
+    with pytest.raises(Refusal, match="at most 1 in a request"):
+        await servicer.ModelInfer(encoded(b"\1", b"\2", outputs=outputs("anomaly_map")), CONTEXT)
 
 
 async def test_only_the_score_comes_where_nothing_is_asked_for(

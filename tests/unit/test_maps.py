@@ -1,0 +1,24 @@
+"""Anomaly maps in colours."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from feddymem.images import decode
+from feddymem.maps import coloured, heatmap_png
+
+
+def test_colours_are_turbo_from_zero_to_the_full_scale() -> None:
+    turbo = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], cv2.COLORMAP_TURBO)[0, :, ::-1]
+    distances = np.array([[-1, 0, 2.5, 4.999, 5, 50, np.inf]], np.float32)
+    colours = coloured(distances, full_scale=5)
+    assert colours.dtype == np.uint8
+    np.testing.assert_array_equal(colours[0], turbo[[0, 0, 127, 254, 255, 255, 255]])
+
+
+@pytest.mark.parametrize("typical", [0.5, 3.0])
+def test_a_heatmap_has_the_colours_of_its_scale(typical: float) -> None:
+    distances = np.random.default_rng(0).uniform(0, 15, (6, 9)).astype(np.float32)
+    np.testing.assert_array_equal(decode(heatmap_png(distances, typical)), coloured(distances, 4 * typical))
