@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import write_result
 from feddymem.runtimes import compiled
-from feddymem.search import NearestItems
+from feddymem.search import NearestItems, screen_by_torch
 
 BATCHES = (1, 8, 32, 128, 512)
 ITEMS = (4096, 12_288, 65_536)
@@ -57,7 +57,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = _Maps().to(device).requires_grad_(False).eval()
     maps = {
-        precision: compiled(network, 224, "gpu benchmark", "torch", precision, device)
+        precision: compiled(network, 224, "gpu benchmark", "torch", precision, device).network
         for precision in ("float32", "bfloat16")
     }
     batches = BATCHES if device.type == "cuda" else BATCHES[:2]
@@ -71,7 +71,7 @@ def main() -> None:
         rng = torch.Generator().manual_seed(0)
         memory = (torch.randn(items, _CHANNELS, generator=rng) * 5).to(device)
         origins = torch.arange(items)[:, None] % _SITES == torch.arange(_SITES)
-        nearest = NearestItems(memory, origins)
+        nearest = NearestItems(memory, origins, screen_by_torch)
         search[str(items)] = {}
         for batch in batches:
             patches = (torch.randn(batch * _PATCHES, _CHANNELS, generator=rng) * 5).to(device)

@@ -11,9 +11,8 @@ import re
 import subprocess
 import sys
 import urllib.request
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +29,13 @@ from benchmarks import interleaved, parts, spread, write_result
 from benchmarks.echo import METHOD as ECHO
 from benchmarks.load import Load, run_load
 from benchmarks.publishing import Publishing
-from feddymem.backbone import FeatureExtractor, PreparedImage, load_extractor
+from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.image_data import EncodedImage
+from feddymem.maps import anomaly_map, regions
 from feddymem.memory import MemoryBank
-from feddymem.scoring import Scorer, anomaly_map, regions
+from feddymem.scoring import Scorer
 from feddymem.search import NearestItems
-from feddymem.threads import leave_cores
+from feddymem.threads import leave_cores, workers
 from feddymem.v1.inspection_pb2 import MAP_FORMAT_PNG, InspectRequest
 from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_to_wire
@@ -105,14 +105,15 @@ def one_caller(
     image = EncodedImage(jpegs[0])
     pixels = extractor.read(image).pixels[None]
     patches = extractor(pixels)[0]
-    search = NearestItems(torch.from_numpy(memory.items), torch.from_numpy(memory.weights > 0))
+    backbone = parts.bare_backbone()
+    search = NearestItems(torch.from_numpy(memory.items), torch.from_numpy(memory.weights > 0), extractor.screen)
     turn = itertools.cycle(jpegs)
     with grpc.insecure_channel(inference.grpc) as served, grpc.insecure_channel(echo) as echoing:
         inspect: Any = served.unary_unary(INSPECT)
         say: Any = echoing.unary_unary(ECHO)
         work = {
             "decode": lambda: extractor.read(image),
-            "backbone": lambda: extractor.feature_maps(pixels),
+            "backbone": lambda: backbone(pixels),
             "search": lambda: search(patches),
             "grpc": lambda: say(request(jpegs[0])),
             "library": lambda: scorer.inspect(extractor.read(EncodedImage(next(turn))).pixels[None]),
@@ -122,20 +123,23 @@ def one_caller(
 
 
 def library_rate(extractor: FeatureExtractor, memory: MemoryBank, batch: int, seconds: float) -> float:
-    """Images a second from JPEG to score, verdict and regions, decoded by threads ahead of the computation."""
+    """Images a second from JPEG to score, verdict and regions; each of several threads takes whole batches."""
     scorer, size = Scorer(extractor, memory, None), extractor.feature_space.input_size
-    jpegs = itertools.cycle([EncodedImage(jpeg) for jpeg in parts.jpegs(8)])
-    done, start = 0, perf_counter()
-    with ThreadPoolExecutor(2, initializer=leave_cores) as pool:
-        ahead: deque[Future[PreparedImage]] = deque()
-        while perf_counter() - start < seconds:
-            while len(ahead) < 2 * batch + 2:
-                ahead.append(pool.submit(extractor.read, next(jpegs)))
-            images = [ahead.popleft().result() for _ in range(batch)]
-            for inspection in scorer.inspect(torch.stack([image.pixels for image in images])):
+    images = [EncodedImage(jpeg) for jpeg in parts.jpegs(8)]
+    until = perf_counter() + seconds
+
+    def work(number: int) -> int:
+        turn, done = itertools.islice(itertools.cycle(images), number, None), 0
+        while perf_counter() < until:
+            pixels = torch.stack([extractor.read(next(turn)).pixels for _ in range(batch)])
+            for inspection in scorer.inspect(pixels):
                 regions(anomaly_map(inspection.distances, (size, size)), _PIXEL_THRESHOLD, (1024, 1024))
             done += batch
-        return done / (perf_counter() - start)
+        return done
+
+    start = perf_counter()
+    with ThreadPoolExecutor(workers(), initializer=leave_cores) as pool:
+        return sum(pool.map(work, range(workers()))) / (perf_counter() - start)
 
 
 def _load(inference: RunningService, folder: Path, seconds: float, **load: float) -> tuple[Load, dict[str, float]]:

@@ -9,14 +9,18 @@ from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from feddymem.backbone import FeatureExtractor
 from feddymem.extraction import extract
+from feddymem.feature_network import MapNetwork
 from feddymem.federation import federate
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
+from feddymem.network import EMBEDDED_BACKBONE, load_network
 from feddymem.patches import PatchSource
+from feddymem.runtimes import Compute, Precision, RuntimeName, compiled
 
 SITES = 3
 _IMAGES = 30
@@ -53,6 +57,12 @@ def jpeg(pixels: NDArray[np.uint8]) -> bytes:
 def jpegs(count: int, side: int = 1024, first: int = 10_000) -> tuple[bytes, ...]:
     """Files of as many parts."""
     return tuple(jpeg(picture(first + number, side)) for number in range(count))
+
+
+def bare_backbone(precision: Precision = "float32", runtime: RuntimeName = "auto") -> Compute:
+    """The embedded backbone from prepared images to feature maps, without what makes patch features of them."""
+    network = MapNetwork(load_network(EMBEDDED_BACKBONE))
+    return compiled(network, 224, "bare embedded backbone", runtime, precision, torch.device("cpu")).network
 
 
 def memory(extractor: FeatureExtractor, items: Sequence[int]) -> dict[int, MemoryBank]:

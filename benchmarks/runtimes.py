@@ -19,10 +19,11 @@ import typer
 from torch import Tensor
 
 from benchmarks import interleaved, parts, spread, write_result
-from feddymem.backbone import FeatureExtractor, MapNetwork, load_extractor
+from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.datasets import SiteData, TestImage, load_sites
 from feddymem.evaluation import auroc
 from feddymem.extraction import extract
+from feddymem.feature_network import MapNetwork
 from feddymem.federation import federate
 from feddymem.image_data import EncodedImage
 from feddymem.images import decode, decode_file
@@ -42,11 +43,10 @@ _SIDE = 1024
 
 def speeds() -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds an image, features maps only, by runtime and batch."""
-    torch_maps = load_extractor(runtime="torch").feature_maps
     runtimes: dict[str, Callable[[Tensor], object]] = {
-        "torch": torch_maps,
-        "openvino": load_extractor(runtime="openvino").feature_maps,
-        "openvino bfloat16": load_extractor(runtime="openvino", precision="bfloat16").feature_maps,
+        "torch": parts.bare_backbone(runtime="torch"),
+        "openvino": parts.bare_backbone(runtime="openvino"),
+        "openvino bfloat16": parts.bare_backbone(runtime="openvino", precision="bfloat16"),
         "onnxruntime": _onnxruntime(),
     }
     result = {}

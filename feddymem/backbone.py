@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from feddymem import images
+from feddymem.feature_network import MapNetwork, PatchFeatures
 from feddymem.feature_space import FeatureSpace
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import MAX_PIXELS, ImageError, Pixels
 from feddymem.network import EMBEDDED_BACKBONE, Network, load_network
-from feddymem.runtimes import FeatureMaps, Precision, RuntimeName, compiled
+from feddymem.runtimes import Compute, Precision, RuntimeName, compiled
+from feddymem.search import Screen
+from feddymem.threads import team
 from feddymem.tiles import tiled
 
 with warnings.catch_warnings():
@@ -48,33 +52,20 @@ class PreparedImage:
 
 
 class FeatureExtractor:
-    """Patch features of images: what a patch looks like, plus what its neighbourhood looks like.
-
-    1. Feature maps of two layers, brought to the finer grid and joined; of large images tile by tile.
-    2. To each patch is added the mean of its neighbourhood, with its channels turned by half their number and every
-       second one negated. So patch and context share the channels without cancelling or reinforcing each other:
-       squared distances are close to the sum of both squared distances, at half the bytes and search of joining them.
-    3. The outermost patches are made smaller, and with them their distances: what is visible there depends on how a
-       part was cut out more than on the part.
-
-    What 2 and 3 are worth: docs/method.md. Both are ours.
+    """Patch features of images.
 
     Args:
         feature_space: what it extracts.
-        maps: computes feature maps of images or tiles, see `feddymem.runtimes`.
+        features: computes the patch features of prepared images, see `__call__`.
+        screen: what their nearest items are searched with, see `feddymem.search`.
         device: where it computes.
     """
 
-    def __init__(self, feature_space: FeatureSpace, maps: FeatureMaps, device: torch.device) -> None:
-        self.feature_space, self.device = feature_space, device
-        self.feature_maps = maps
-        self._averaging = _averaging(feature_space.grid, feature_space.pooling).to(device)
-        signs = torch.ones(feature_space.channels, device=device)
-        signs[1::2] = -1
-        self._signs = feature_space.context_weight * signs
-        weights = torch.full((feature_space.grid, feature_space.grid), feature_space.border_weight, device=device)
-        weights[1:-1, 1:-1] = 1
-        self._weights = weights.flatten()[:, None]
+    def __init__(
+        self, feature_space: FeatureSpace, features: Callable[[Tensor], Tensor], screen: Screen, device: torch.device
+    ) -> None:
+        self.feature_space, self.screen, self.device = feature_space, screen, device
+        self._features = features
 
     def read(self, image: EncodedImage | RawImage, max_pixels: int = MAX_PIXELS) -> PreparedImage:
         """Decodes an image and prepares it.
@@ -106,9 +97,10 @@ class FeatureExtractor:
             (3, input_size, input_size) float32 on the CPU, values 0..255.
         """
         size = self.feature_space.input_size
-        stored = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-        stretched = functional.interpolate(stored, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        return stretched[0].to(torch.float32).contiguous()
+        with team(1):
+            stored = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+            stretched = functional.interpolate(stored, (size, size), mode="bilinear", antialias=True)
+            return stretched[0].to(torch.float32).contiguous()
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -120,49 +112,8 @@ class FeatureExtractor:
         Returns:
             (n, grid * grid, channels) float32, patches row by row.
         """
-        space = self.feature_space
-        if space.tile_size < space.input_size:
-            maps = tiled(
-                self.feature_maps,
-                pixels,
-                space.tile_size,
-                space.tile_overlap,
-                max(space.reductions),
-                min(space.reductions),
-            )
-        else:
-            maps = self.feature_maps(pixels)
-        patches = maps.flatten(2).transpose(1, 2).contiguous()
-        context = self._context(patches).roll(space.channels // 2, -1)
-        return torch.addcmul(patches, self._signs, context).mul_(self._weights)
-
-    def _context(self, patches: Tensor) -> Tensor:
-        """(n, patches, channels): the mean of each patch's neighbourhood, as a product for rows and one for columns."""
-        grid = self.feature_space.grid
-        down = self._averaging @ patches.view(len(patches), grid, -1)
-        return (self._averaging @ down.view(len(patches) * grid, grid, -1)).view_as(patches)
-
-
-class MapNetwork(nn.Module):
-    """A backbone from pixels of 0..255 to its layers' feature maps, joined on the finest grid."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network.module
-        self.register_buffer("mean", torch.tensor(network.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(network.std).view(3, 1, 1))
-        self.requires_grad_(False).eval()
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """See feddymem.runtimes.FeatureMaps."""
-        maps = self.network((pixels - self.mean) / self.std)
-        size = maps[0].shape[-2:]
-        return torch.cat(
-            [maps[0], *(functional.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps[1:])], dim=1
-        )
+        with team(1):  # whatever of torch is beside the runtime; where torch is the runtime, that takes its threads
+            return self._features(pixels)
 
 
 def load_extractor(
@@ -227,8 +178,26 @@ def load_extractor(
     _require_feature_maps(network, feature_space)
     where = torch.device(resolve_device(device))
     key = f"{backbone} {network.weights_sha256} {network.layers}"
-    maps = compiled(MapNetwork(network).to(where), seen, key, runtime, precision, where)
-    return FeatureExtractor(feature_space, maps, where)
+    maps, patches = MapNetwork(network), PatchFeatures(feature_space)
+    if not whole:
+        run = compiled(maps.to(where), seen, key, runtime, precision, where)
+        return FeatureExtractor(
+            feature_space, _of_tiles(run.network, patches.to(where), feature_space), run.screen, where
+        )
+    key = f"{key} {_POOLING} {_CONTEXT_WEIGHT} {_BORDER_WEIGHT}"
+    run = compiled(nn.Sequential(maps, patches).eval().to(where), seen, key, runtime, precision, where)
+    return FeatureExtractor(feature_space, run.network, run.screen, where)
+
+
+def _of_tiles(maps: Compute, patches: PatchFeatures, space: FeatureSpace) -> Callable[[Tensor], Tensor]:
+    """Patch features of images that a network sees in tiles."""
+    step, reduction = max(space.reductions), min(space.reductions)
+
+    def features(pixels: Tensor) -> Tensor:
+        joined = tiled(maps, pixels, space.tile_size, space.tile_overlap, step, reduction)
+        return torch.as_tensor(patches(joined))
+
+    return features
 
 
 def resolve_device(device: str) -> str:
@@ -241,13 +210,6 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not available:
         raise ValueError("device is 'cuda', but torch sees no CUDA device; use 'cpu' or 'auto'")
     return ("cuda" if available else "cpu") if device == "auto" else device
-
-
-def _averaging(grid: int, window: int) -> Tensor:
-    """(grid, grid): row i averages over the places at most window // 2 from i that there are."""
-    place = torch.arange(grid)
-    near = ((place[:, None] - place).abs() <= window // 2).float()
-    return near / near.sum(1, keepdim=True)
 
 
 def _require_multiple(name: str, value: int, step: int, at_least: int) -> None:

@@ -21,9 +21,10 @@ from feddymem.datasets import SiteData, TestImage
 from feddymem.evaluation import Detection, detect
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.feature_space import FeatureSpace
+from feddymem.maps import anomaly_map
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import Method
-from feddymem.scoring import Inspection, Scorer, anomaly_map
+from feddymem.scoring import Inspection, Scorer
 
 METRICS = (
     "image_auroc",

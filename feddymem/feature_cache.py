@@ -11,7 +11,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feddymem.backbone import FeatureExtractor
+from feddymem.extraction import features_of
 from feddymem.images import ImageError
 from feddymem.patches import images_per_block
-from feddymem.threads import decoders, leave_cores
 
 LIMIT_BYTES = 4 * 2**30
 """Default bound of the whole folder; about 17,000 images of the default feature space."""
 _KEPT_SHARE = 0.9
 """What is left of the bound after old entries were removed, so that they are not removed one by one."""
-_BATCH_IMAGES = 8
 _SUFFIX = ".features"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -61,17 +59,15 @@ class FeatureCache:
         """
         found = [self._read(path) for path in paths]
         missing = [number for number, entry in enumerate(found) if entry is None]
-        for start in range(0, len(missing), _BATCH_IMAGES):
-            batch = missing[start : start + _BATCH_IMAGES]
-            for number, entry in zip(batch, self._extract([paths[number] for number in batch]), strict=True):
+        number_of = iter(missing)
+        for entries, unreadable in features_of([paths[number] for number in missing], self.extractor):
+            if unreadable:
+                raise unreadable[0]
+            for entry in entries:
+                number = next(number_of)
                 self._write(paths[number], entry)
                 found[number] = entry
         return np.stack([entry for entry in found if entry is not None])
-
-    def _extract(self, paths: Sequence[Path]) -> NDArray[np.float16]:
-        with ThreadPoolExecutor(decoders(), thread_name_prefix="decode", initializer=leave_cores) as pool:
-            prepared = list(pool.map(lambda path: self.extractor.read_file(path).pixels, paths))
-        return np.asarray(self.extractor(torch.stack(prepared)).cpu().numpy(), np.float16)
 
     def _entry(self, image: Path) -> Path:
         """The file of an image's entry. An image file is taken not to change during a run and is hashed once."""

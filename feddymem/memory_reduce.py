@@ -8,7 +8,8 @@ Two passes over the patches, block by block:
 2. Each patch goes to its nearest seed; an item is the average of the patches of its cell, its weight their number, its
    spread their root mean squared distance to it.
 
-Working memory: one block (`patches.BLOCK_BYTES`) and about as much again for distances, whatever the number of images.
+Working memory, whatever the number of images: a block (`patches.BLOCK_BYTES`) and a copy of it beside the seeds, or a
+block and about as much again for distances. So a block is let go before the next is read.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddymem.distances import nearest_items, squared_distances
+from feddymem.distances import nearest_items, squared_distances, squared_lengths
 from feddymem.memory import MemoryBank
 from feddymem.patches import PatchSource
 
 _FRONTIER = 512
-_ROWS = 8192
+_ROWS = 2048
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -53,8 +54,7 @@ def reduce(
     """Reduces a site's patches to a memory bank of at most `count` items.
 
     With a `known` memory, seeds are what that memory covers worst, and patches nearest to a known item are left to
-    it: the
-    bank holds what the memory lacks, so that rounds add coverage within the same bytes (ours).
+    it: the bank holds what the memory lacks, so that rounds add coverage within the same bytes (ours).
 
     Args:
         source: the patches.
@@ -73,6 +73,7 @@ def reduce(
         for block in source.blocks():
             yield transform(block.to(device)).flatten(0, 1)
             done += len(block)
+            del block
             progress(what, done, source.images)
 
     base = None if known is None else torch.from_numpy(known.items).to(device)
@@ -114,10 +115,10 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None) -> Tens
     Returns:
         (k,) int64 indices in the order picked; k < count only where all other points coincide with a pick.
     """
-    squares = (points * points).sum(1)
+    squares = squared_lengths(points)
     picks: list[int] = []
     if base is None:
-        picks.append(int((squares - 2 * points @ points.mean(0)).argmin()))
+        picks.append(int((squares - 2 * (points @ points.mean(0))).argmin()))
         bound = squared_distances(points, squares, points[picks]).squeeze(1)
     else:
         bound = nearest_items(points, base)[0].square()
@@ -151,7 +152,8 @@ def _seeds(blocks: Iterable[Tensor], count: int, base: Tensor | None) -> Tensor:
     for block in blocks:
         candidates = block if seeds is None else torch.cat([seeds, block])
         picks = greedy_cover(candidates, count, base)
-        seeds = candidates[picks] if len(picks) else candidates[:1]
+        seeds = candidates[picks] if len(picks) else candidates[:1].clone()
+        del block, candidates
     assert seeds is not None, "a patch source has at least one image"
     return seeds
 
@@ -164,13 +166,15 @@ def _averages(blocks: Iterable[Tensor], seeds: Tensor, base: Tensor | None) -> M
     counts = torch.zeros(len(seeds), dtype=torch.float64, device=seeds.device)
     for block in blocks:
         _, cell = nearest_items(block, centres)
-        block, cell = block[cell < len(seeds)], cell[cell < len(seeds)]
         for start in range(0, len(block), _ROWS):
             rows = cell[start : start + _ROWS]
-            offsets = (block[start : start + _ROWS] - seeds[rows]).double()
+            own = rows < len(seeds)
+            rows = rows[own]
+            offsets = (block[start : start + _ROWS][own] - seeds[rows]).double()
             sums.index_add_(0, rows, offsets)
             squares.index_add_(0, rows, (offsets * offsets).sum(1))
             counts.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
+        del block
     used = counts > 0
     if not used.any():  # nothing that the known memory lacks; a bank has at least one item all the same
         used[0], counts[0] = True, 1

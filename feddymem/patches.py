@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -76,12 +76,15 @@ class PatchFile:
     def blocks(self) -> Iterator[Tensor]:
         """See PatchSource."""
         step = images_per_block(self.patches_per_image, self.channels)
-        values_per_image = self.patches_per_image * self.channels
         with self.path.open("rb") as file:
             for start in range(0, self.images, step):
-                count = min(step, self.images - start)
-                values = np.fromfile(file, np.float16, count * values_per_image)
-                yield torch.from_numpy(values.astype(np.float32)).view(count, self.patches_per_image, self.channels)
+                yield self._read(file, min(step, self.images - start))
+
+    def _read(self, file: BinaryIO, count: int) -> Tensor:
+        block = torch.empty(count, self.patches_per_image, self.channels)
+        for image in block:  # one by one: the float16 of a whole block would be half as much memory again
+            image.view(-1).copy_(torch.from_numpy(np.fromfile(file, np.float16, image.numel())))
+        return block
 
 
 def images_per_block(patches_per_image: int, channels: int) -> int:

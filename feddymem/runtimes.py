@@ -1,50 +1,60 @@
-"""Runtimes: what computes the feature maps of pixels, all held to the same numbers by a parity test.
+"""Runtimes: what computes patch features of pixels, and the screen of the search; all held to the same numbers.
 
-The network is exported once to ONNX and compiled by OpenVINO, which on CPUs takes a fraction of torch's time
-(`make bench`, docs/performance.md). On a GPU torch computes.
+On CPUs the network is exported once to ONNX and compiled by OpenVINO; on a GPU torch computes (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
-import sys
 import tempfile
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feddymem.folders import cache_folder
+from feddymem.openvino_runtime import OpenVINONetwork, OpenVINOScreen, openvino
+from feddymem.search import Screen, screen_by_torch
+from feddymem.threads import team
 
 RuntimeName = Literal["auto", "torch", "openvino"]
 Precision = Literal["float32", "bfloat16"]
-FeatureMaps = Callable[[Tensor], Tensor]
-"""Maps (n, 3, side, side) float32 pixels of 0..255 to (n, channels, grid, grid) float32 feature maps."""
+Compute = Callable[[Tensor], Tensor]
+"""From (n, 3, side, side) float32 pixels of 0..255 to a network's output, float32, of which the first side is n."""
 
-_GRAPH = 1
+_GRAPH = 2
 """Goes up when the exported graph changes, so that none of before is taken from the cache."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _TOLERANCE = 1e-4
-"""By how much of their length an exported network's feature maps may differ from torch's."""
+"""By how much of its length an exported network's output may differ from torch's."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """What computes.
+
+    Attributes:
+        network: the network.
+        screen: the screen of the search among memory items.
+    """
+
+    network: Compute
+    screen: Screen
+
+
 def compiled(
     network: nn.Module, side: int, key: str, runtime: RuntimeName, precision: Precision, device: torch.device
-) -> FeatureMaps:
-    """What computes a network's feature maps.
+) -> Runtime:
+    """What computes a network, and searches in its output.
 
     Args:
-        network: see FeatureMaps; its parameters are on the device.
+        network: see Compute; its parameters are on the device.
         side: of the images that it will see, in pixels.
         key: names the network with its weights; for the cache of exported graphs.
         runtime: "auto" for OpenVINO on the CPU, and torch on a GPU or where a network cannot be exported.
@@ -59,7 +69,9 @@ def compiled(
     if runtime == "torch" or device.type != "cpu":
         return _by_torch(network, precision, device)
     try:
-        return _by_openvino(_graph(network, side, key), precision)
+        return Runtime(
+            OpenVINONetwork(_graph(network, side, key), "f32" if precision == "float32" else "bf16"), OpenVINOScreen()
+        )
     except RuntimeError as error:  # of torch's export, of OpenVINO, or of the comparison
         if runtime == "openvino":
             raise ValueError(f"runtime 'openvino' cannot run this backbone; use 'torch': {error}") from error
@@ -67,64 +79,35 @@ def compiled(
         return _by_torch(network, precision, device)
 
 
-def _by_torch(network: nn.Module, precision: Precision, device: torch.device) -> FeatureMaps:
+def _by_torch(network: nn.Module, precision: Precision, device: torch.device) -> Runtime:
+    threads = torch.get_num_threads()
     if device.type == "cuda":
         network = network.to(memory_format=torch.channels_last)
 
-    def maps(pixels: Tensor) -> Tensor:
+    def compute(pixels: Tensor) -> Tensor:
         pixels = pixels.to(device)
         if device.type == "cuda":
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with team(threads), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             return torch.as_tensor(network(pixels)).float()
 
-    return maps
+    def screen(items: Tensor, query: Tensor, distances: Tensor, least: Tensor) -> None:
+        with team(threads):
+            screen_by_torch(items, query, distances, least)
 
-
-def _openvino() -> ModuleType:
-    """OpenVINO, which is slow to import, and needed on CPUs only.
-
-    When imported it sets up telemetry, and gives the user an ID for it, unless the package for that is missing. None in
-    its place makes it missing.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    return importlib.import_module("openvino")
-
-
-def _by_openvino(graph: bytes, precision: Precision) -> FeatureMaps:
-    openvino = _openvino()
-    core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # Pinned threads wait for their core while another is free, and two services on a machine pin the same ones.
-        "ENABLE_CPU_PINNING": False,
-    }
-    request = core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
-    lock = threading.Lock()
-
-    def maps(pixels: Tensor) -> Tensor:
-        values = np.ascontiguousarray(pixels.numpy())
-        with lock:  # a request has one set of buffers
-            request.set_input_tensor(openvino.Tensor(values, shared_memory=True))
-            request.infer()
-            result: NDArray[np.float32] = request.get_output_tensor().data
-            return torch.from_numpy(result.copy())
-
-    return maps
+    return Runtime(compute, screen)
 
 
 def _graph(network: nn.Module, side: int, key: str) -> bytes:
     """The network as ONNX, for any number of images; kept, because to export takes seconds."""
-    made_by = f"{_GRAPH} {torch.__version__} {_openvino().__version__}"
+    made_by = f"{_GRAPH} {torch.__version__} {openvino().__version__}"
     name = hashlib.sha256(f"{made_by} {side} {key}".encode()).hexdigest()
     path = cache_folder() / "graphs" / f"{name}.graph"
     kept = _kept(path)
     if kept is not None:
         return kept
     graph = to_onnx(network, side)
-    _require_same_numbers(_by_openvino(graph, "float32"), network, side)
+    _require_same_numbers(OpenVINONetwork(graph, "f32"), network, side)
     try:
         _keep(path, graph)
     except OSError as error:
@@ -154,22 +137,22 @@ def _keep(path: Path, graph: bytes) -> None:
             raise
 
 
-def _require_same_numbers(maps: FeatureMaps, network: nn.Module, side: int) -> None:
+def _require_same_numbers(computed: Compute, network: nn.Module, side: int) -> None:
     """OpenVINO leaves out what it does not know, such as the antialiasing with which a ViT's places are made fewer.
 
     Raises:
-        RuntimeError: the feature maps are not torch's.
+        RuntimeError: the output is not torch's.
     """
     pixels = 255 * torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = torch.as_tensor(network(pixels))
-    off = float((maps(pixels) - expected).norm() / expected.norm())
+    off = float((computed(pixels) - expected).norm() / expected.norm())
     if not off <= _TOLERANCE:
-        raise RuntimeError(f"its feature maps differ from torch's by {off:.1e} of their length")
+        raise RuntimeError(f"its output differs from torch's by {off:.1e} of its length")
 
 
 def to_onnx(network: nn.Module, side: int) -> bytes:
-    """A network (see FeatureMaps) for images of `side` pixels as an ONNX model, for any number of images."""
+    """A network (see Compute) for images of `side` pixels as an ONNX model, for any number of images."""
     pixels = torch.zeros(2, 3, side, side)
     images = torch.export.Dim("images", min=1, max=4096)
     program = torch.onnx.export(network, (pixels,), dynamo=True, dynamic_shapes=({0: images},), verbose=False)

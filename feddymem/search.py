@@ -7,6 +7,7 @@ do to the screen is bounded, so that no nearest item is lost: the outcome is tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BLOCK = 16
+BLOCK = 16
 """Items whose least screened distance decides whether any of them is looked at."""
 _SCREEN_BYTES = 64 * 2**20
 """Bound of the screened distances that are held at once."""
@@ -25,21 +26,30 @@ _PAIRS = 2**18
 equal items or one that is much longer than the rest can make, patches are taken in smaller parts."""
 _NORM_PARTS = 3
 """bfloat16 values whose sum is a squared length, exact to float32."""
+_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 0.51 * torch.finfo(torch.bfloat16).eps}
+"""How far a row moves when it is stored, at most, as a share of its stored length."""
 _FAR = 1e38
 """Squared length of a row that pads a block: never nearest."""
+
+Screen = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Multiplies items, (blocks * BLOCK, c), with patches, (n, c), into squared distances, (blocks * BLOCK, n), and takes
+the least of each block, (blocks, n). All are of one type, bfloat16 or float32, sums are float32, and no distance is
+negative."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """Items in blocks whose items are all of the same origins.
+    """Items in blocks of the same origins; blocks of the same origins follow each other, as a group.
 
     Attributes:
-        items: (blocks * _BLOCK,) int64, index of the item in each row; -1 pads.
-        of_origin: for each origin that has items, int64 numbers of its blocks, ascending.
+        items: (blocks * BLOCK,) int64, index of the item in each row; -1 pads.
+        sizes: blocks of each group.
+        origins: (groups, origins) bool, the origins of each group.
     """
 
     items: NDArray[np.int64]
-    of_origin: list[NDArray[np.int64]]
+    sizes: list[int]
+    origins: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +78,18 @@ class NearestItems:
     Args:
         items: (m, channels) float32.
         origins: (m, origins) bool, which origins an item has; at least one. An origin without items is left out.
+        screen: what computes the screened distances.
     """
 
-    def __init__(self, items: Tensor, origins: Tensor) -> None:
+    def __init__(self, items: Tensor, origins: Tensor, screen: Screen) -> None:
         blocks = _in_blocks(origins.cpu().numpy())
         rows = torch.from_numpy(blocks.items).to(items.device)
         pads = rows < 0
         self._items = items[rows.clamp_min(0)]
-        self._of_origin = [_numbers(of_origin, items.device) for of_origin in blocks.of_origin]
-        self._dtype = _screen_dtype(items.device)
+        self._sizes = blocks.sizes
+        self._origins = torch.from_numpy(blocks.origins[:, blocks.origins.any(0)]).to(items.device)
+        self._group = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes)).to(items.device)
+        self._dtype, self._compute = _screen_dtype(items.device), screen
         rounded = self._items.to(self._dtype)
         stored = rounded.float()
         squares = (stored * stored).sum(1).masked_fill(pads, _FAR)
@@ -91,51 +104,55 @@ class NearestItems:
 
     def _query(self, patches: Tensor) -> _Query:
         rounded = patches.to(self._dtype)
-        stored = rounded.float()
-        squares = (stored * stored).sum(1)
+        squares = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float32).square()
         slack = self._screen.shape[1] * torch.finfo(torch.float32).eps * (squares + self._largest)
         # With the slack added, no screened distance is negative, and their bits have the order of their values.
         screen = torch.cat([rounded, _ones(rounded), _parts(squares + slack, self._dtype)], 1)
-        return _Query(patches, screen, (patches - stored).norm(dim=1) + self._rounding, slack)
+        return _Query(patches, screen, self._rounding + _ROUNDING[self._dtype] * _sqrt(squares), slack)
 
     def _nearest(self, query: _Query) -> Tensor:
         screened, least = self._screened(query.screen)
-        found = [self._candidates(query, least, blocks) for blocks in self._of_origin]
-        if sum(len(patch) for _, patch, _ in found) * _BLOCK > _PAIRS and len(query.patches) > 1:
+        limits = self._limits(query, least)
+        block, patch = _places(least <= limits.index_select(0, self._group))
+        if len(patch) * BLOCK > _PAIRS and len(query.patches) > 1:
             return torch.cat([self._nearest(self._query(half)) for half in query.patches.chunk(2)], 1)
-        origin = torch.cat([torch.full_like(patch, number) for number, (_, patch, _) in enumerate(found)])
-        block, patch, limit = (torch.cat(parts) for parts in zip(*found, strict=True))
-        pair, place = _places(screened[block, :, patch] <= limit[:, None])
-        patch, item = patch[pair], block[pair] * _BLOCK + place
+        group = self._group[block]
+        pair, place = _places(screened[block, :, patch] <= limits[group, patch, None])
+        patch, item = patch[pair], block[pair] * BLOCK + place
         squared = query.patches.index_select(0, patch).sub_(self._items.index_select(0, item)).square_().sum(1)
-        count = len(query.patches)
-        nearest = squared.new_full((len(self._of_origin) * count,), torch.inf)
-        return nearest.scatter_reduce_(0, origin[pair] * count + patch, squared, "amin").view(-1, count)
+        of_origin = squared[:, None].where(self._origins[group[pair]], torch.inf)
+        nearest = squared.new_full((len(query.patches), of_origin.shape[1]), torch.inf)
+        return nearest.scatter_reduce_(0, patch[:, None].expand_as(of_origin), of_origin, "amin").T
 
     def _screened(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits of the screened distances, (blocks, _BLOCK, n), and of the least of each block, (blocks, n)."""
+        """Bits of the screened distances, (blocks, BLOCK, n), and of the least of each block, (blocks, n)."""
         distances = query.new_empty(len(self._screen), len(query))
-        bits = _bits(distances).view(-1, _BLOCK, len(query))
-        least = torch.empty_like(bits[:, 0])
+        least = query.new_empty(len(self._screen) // BLOCK, len(query))
         for start in range(0, len(distances), _STEP):
-            torch.mm(self._screen[start : start + _STEP], query.T, out=distances[start : start + _STEP])
-            blocks = slice(start // _BLOCK, (start + _STEP) // _BLOCK)
-            torch.amin(bits[blocks], 1, out=least[blocks])
-        return bits, least
+            rows, blocks = slice(start, start + _STEP), slice(start // BLOCK, (start + _STEP) // BLOCK)
+            self._compute(self._screen[rows], query, distances[rows], least[blocks])
+        return _bits(distances).view(-1, BLOCK, len(query)), _bits(least)
 
-    def _candidates(self, query: _Query, least: Tensor, blocks: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks that may hold an origin's item nearest to a patch; the patch; the bits that such an item has at most.
+    def _limits(self, query: _Query, least: Tensor) -> Tensor:
+        """(groups, n): bits that the screened distance of an item has at most which may be an origin's nearest.
 
-        An item whose screened distance is `best` is not farther than `upper`, and one as near as that has a screened
-        distance of at most the limit.
+        An origin's item whose screened distance is `best` is not farther than `upper`, and one as near as that has a
+        screened distance of at most the limit.
         """
-        mine = least[blocks]
+        of_group = torch.stack([blocks.amin(0) for blocks in torch.split(least, self._sizes)])
+        member = self._origins.T[:, :, None]
         unit = torch.finfo(self._dtype).eps
-        best = mine.amin(0).view(self._dtype).float() * (1 + unit)
-        upper = (best.sqrt() + 2 * query.moved).square()
+        bits = of_group.where(member, torch.iinfo(of_group.dtype).max).amin(1)
+        best = bits.view(self._dtype).float() * (1 + unit)
+        upper = (_sqrt(best) + 2 * query.moved).square()
         limit = _bits(((upper + 2 * query.slack) * (1 + 2 * unit)).to(self._dtype))
-        number, patch = _places(mine <= limit)
-        return blocks.start + number if isinstance(blocks, slice) else blocks[number], patch, limit[patch]
+        return limit[:, None].where(member, -1).amax(0)
+
+
+def screen_by_torch(items: Tensor, query: Tensor, distances: Tensor, least: Tensor) -> None:
+    """See `Screen`."""
+    torch.mm(items, query.T, out=distances)
+    torch.amin(_bits(distances).view(-1, BLOCK, len(query)), 1, out=_bits(least))
 
 
 def _screen_dtype(device: torch.device) -> torch.dtype:
@@ -156,6 +173,11 @@ def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
     return found // mask.shape[1], found % mask.shape[1]
 
 
+def _sqrt(values: Tensor) -> Tensor:
+    """Square roots. Torch's own are MKL's, which has a team of threads whatever torch is told."""
+    return values.rsqrt().reciprocal()
+
+
 def _bits(values: Tensor) -> Tensor:
     """Values of at least 0 as integers of the same order, which compare faster."""
     return values.view(torch.int16 if values.element_size() == 2 else torch.int32)
@@ -174,12 +196,6 @@ def _parts(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts, 1)
 
 
-def _numbers(blocks: NDArray[np.int64], device: torch.device) -> Tensor | slice:
-    """Numbers of blocks to index with; a slice, which copies nothing, where they follow each other."""
-    first, last = int(blocks[0]), int(blocks[-1])
-    return slice(first, last + 1) if last - first + 1 == len(blocks) else torch.from_numpy(blocks).to(device)
-
-
 def _in_blocks(origins: NDArray[np.bool_]) -> _Blocks:
     """Items of the same origins together, in full blocks; those left over once for each of their origins."""
     kinds, kind_of = np.unique(origins, axis=0, return_inverse=True)
@@ -187,17 +203,15 @@ def _in_blocks(origins: NDArray[np.bool_]) -> _Blocks:
     left: list[list[int]] = [[] for _ in range(origins.shape[1])]
     for number, kind in enumerate(kinds):
         items, mine = np.flatnonzero(kind_of == number), np.flatnonzero(kind).tolist()
-        full = len(items) // _BLOCK * _BLOCK
+        full = len(items) // BLOCK * BLOCK
         groups.append((items[:full], mine))
         for origin in mine:
             left[origin] += items[full:].tolist()
     for origin, over in enumerate(left):
-        groups.append((np.array(over + [-1] * (-len(over) % _BLOCK), np.int64), [origin]))
-    of_origin: list[list[int]] = [[] for _ in left]
-    first = 0
-    for items, mine in groups:
-        for origin in mine:
-            of_origin[origin] += range(first, first + len(items) // _BLOCK)
-        first += len(items) // _BLOCK
+        groups.append((np.array(over + [-1] * (-len(over) % BLOCK), np.int64), [origin]))
+    groups = [(items, mine) for items, mine in groups if len(items)]
+    members = np.zeros((len(groups), origins.shape[1]), bool)
+    for number, (_, mine) in enumerate(groups):
+        members[number, mine] = True
     rows = np.concatenate([items for items, _ in groups])
-    return _Blocks(rows, [np.array(blocks, np.int64) for blocks in of_origin if blocks])
+    return _Blocks(rows, [len(items) // BLOCK for items, _ in groups], members)

@@ -32,7 +32,9 @@ class EdgeClientSettings(ClientSettings):
         default=None, ge=28, description="side of the tiles that the network sees, in pixels; none: the whole image"
     )
     tile_overlap: int = Field(default=64, ge=0, description="how far tiles overlap at least, in pixels")
-    batch_size: int = Field(default=8, ge=1, le=4096, description="images per pass of the backbone")
+    batch_size: int | None = Field(
+        default=None, ge=1, le=4096, description="images per pass of the backbone; none: 4 on a CPU, 32 on a GPU"
+    )
     max_pixels: int = Field(
         default=MAX_PIXELS, ge=1, description="largest image read, in pixels; larger ones are skipped"
     )

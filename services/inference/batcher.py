@@ -1,13 +1,17 @@
-"""From waiting image to score: decoded in threads, computed in batches in one thread, refused what does not fit."""
+"""From waiting image to result: decoded in threads, scored in batches, refused what does not fit."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import grpc
 import torch
@@ -15,15 +19,16 @@ import torch
 from feddymem.backbone import PreparedImage
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.scoring import Inspection
-from feddymem.threads import decoders, leave_cores
+from feddymem.threads import leave_cores, workers
 from services.inference import metrics
 from services.inference.fair_queue import FairQueue
 from services.inference.registry import Active
-from services.runtime.changes import Changes
 from services.runtime.errors import Refusal
 
 _FOR_ROOM = 256
 """Images of streams and of large requests that may wait outside the queue; their senders are held back meanwhile."""
+Result = TypeVar("Result")
+
 _FORGETTING = 0.1
 """Share of the newest batch in the mean that the wait is told from."""
 
@@ -48,12 +53,13 @@ class Scored:
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _Job(Generic[Result]):
     active: Active
     image: EncodedImage | RawImage
+    finish: Callable[[Scored], Result]
     accepted: float
     expires: float | None
-    result: Future[Scored]
+    result: Future[Result]
 
     @property
     def wanted(self) -> bool:
@@ -68,53 +74,62 @@ class _Job:
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    job: _Job
+    job: _Job[Any]
     prepared: PreparedImage
 
 
 class Batcher:
     """Scores images. `start` before use, `stop` after.
 
+    Its threads all do the same: take a waiting image, decode it, and, unless enough of them are at it, score what is
+    decoded by then. So a single image goes through one thread from arrival to result.
+
     Args:
         max_batch: images computed together, at most.
+        at_once: batches computed at once, at most.
         max_delay: seconds that a batch waits for images that are being decoded.
         queue_size: images waiting, at most.
         max_pixels: of an image.
     """
 
-    def __init__(self, max_batch: int, max_delay: float, queue_size: int, max_pixels: int) -> None:
+    def __init__(self, max_batch: int, at_once: int, max_delay: float, queue_size: int, max_pixels: int) -> None:
         self._max_batch, self._max_delay, self._max_pixels = max_batch, max_delay, max_pixels
-        self._waiting: FairQueue[_Job] = FairQueue(queue_size)
+        self._waiting: FairQueue[_Job[Any]] = FairQueue(queue_size)
         self.queue_size = queue_size
         self._in_work, self._counting = 0, threading.Lock()
+        self._to_come: set[_Job[Any]] = set()
         self._seconds_per_image = self._done = 0.0
-        self._room, self._for_room = Changes(), 0
-        # Bounded, so that what waits for long waits undecoded, in the fair queue; each decoder holds one besides.
-        self._ready: queue.Queue[_Ready | None] = queue.Queue(max(1, max_batch - decoders()))
-        self._decoders = [threading.Thread(target=self._decode, name=f"decode-{n}") for n in range(decoders())]
-        self._computer = threading.Thread(target=self._compute, name="compute")
+        self._for_room: deque[asyncio.Future[None]] = deque()
+        # Bounded, so that what waits for long waits undecoded, in the fair queue; each thread holds one besides.
+        self._ready: queue.Queue[_Ready] = queue.Queue(max(1, max_batch - workers()))
+        self._scoring = threading.Semaphore(at_once)
+        self._threads = [threading.Thread(target=self._work, name=f"inspect-{n}") for n in range(workers())]
 
     def start(self) -> None:
         """Starts the threads."""
-        for thread in (*self._decoders, self._computer):
+        for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Ends the threads after the work that is accepted."""
         self._waiting.close()
-        for thread in self._decoders:
+        for thread in self._threads:
             thread.join()
-        self._ready.put(None)
-        self._computer.join()
 
     async def inspect(
-        self, active: Active, image: EncodedImage | RawImage, caller: str = "", seconds_left: float | None = None
-    ) -> Scored:
+        self,
+        active: Active,
+        image: EncodedImage | RawImage,
+        finish: Callable[[Scored], Result],
+        caller: str = "",
+        seconds_left: float | None = None,
+    ) -> Result:
         """Decodes and scores one image.
 
         Args:
             active: what scores it.
             image: not decoded.
+            finish: makes the result of the score; called in a thread.
             caller: who asks; callers are served in turn.
             seconds_left: until nobody waits for the result any more.
 
@@ -123,15 +138,17 @@ class Batcher:
                 to try again; DEADLINE_EXCEEDED where time ran out.
             ImageError: the image cannot be decoded.
         """
-        if seconds_left is not None and seconds_left <= 0:
-            raise _late()
         wait = self._waiting.ahead(caller) * self._seconds_per_image
-        if seconds_left is not None and wait > seconds_left:
+        if seconds_left is not None and wait >= seconds_left:
+            self.notify_room()  # whoever was told of room and comes too late leaves it to the next
+            if seconds_left <= 0:
+                raise _late()
             raise self._full(f"images wait for about {wait:.3f} seconds, longer than the {seconds_left:.3f} left")
         now = time.monotonic()
-        job = _Job(active, image, now, None if seconds_left is None else now + seconds_left, Future())
-        self._count(1)
-        job.result.add_done_callback(lambda _result: self._count(-1))
+        expires = None if seconds_left is None else now + seconds_left
+        job = _Job[Result](active, image, finish, now, expires, Future())
+        self._accept(job)
+        job.result.add_done_callback(lambda _result: self._leave(job))
         refused = self._waiting.put(job, caller)
         if refused is not None:
             full = self._full(f"{self.queue_size} inspections are waiting, as many as are allowed")
@@ -147,10 +164,17 @@ class Batcher:
         finally:
             self.notify_room()
 
-    def _count(self, change: int) -> None:
-        """Counts what is in work. At once, not when the event loop gets to it: a batch would wait for what is done."""
+    def _accept(self, job: _Job[Any]) -> None:
         with self._counting:
-            self._in_work += change
+            self._to_come.add(job)
+            self._in_work += 1
+            metrics.WAITING.set(self._in_work)
+
+    def _leave(self, job: _Job[Any]) -> None:
+        """At once, not when the event loop gets to it: a batch would wait for what nobody wants any more."""
+        with self._counting:
+            self._to_come.discard(job)
+            self._in_work -= 1
             metrics.WAITING.set(self._in_work)
 
     async def room(self, seconds: float | None) -> None:
@@ -159,76 +183,102 @@ class Batcher:
         Raises:
             Refusal: RESOURCE_EXHAUSTED where as many wait here as are allowed.
         """
-        if self._for_room >= _FOR_ROOM:
-            raise self._full(f"{self._for_room} images of streams wait for room, as many as are allowed")
-        self._for_room += 1
+        if len(self._for_room) >= _FOR_ROOM:
+            raise self._full(f"{len(self._for_room)} images of streams wait for room, as many as are allowed")
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._for_room.append(waiter)
         try:
-            await self._room.wait(seconds)
+            async with asyncio.timeout(seconds):
+                await waiter
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():  # told of room, and does not use it
+                self.notify_room()
+            raise
         finally:
-            self._for_room -= 1
+            with contextlib.suppress(ValueError):
+                self._for_room.remove(waiter)
 
     def notify_room(self) -> None:
-        """Wakes those who wait for room."""
-        self._room.notify()
+        """Wakes who waits for room the longest."""
+        while self._for_room:
+            waiter = self._for_room.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
 
     def _full(self, text: str) -> Refusal:
         wait = max(0.01, len(self._waiting) * self._seconds_per_image)
         return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{text}; try again in {wait:.2f} seconds")
 
-    def _decode(self) -> None:
+    def _work(self) -> None:
         leave_cores()
-        while (job := self._waiting.get()) is not None:
-            if not job.wanted:
-                continue
-            try:
-                prepared = job.active.scorer.extractor.read(job.image, self._max_pixels)
-            except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
-                _fail(job.result, error)
-                continue
+        while not self._waiting.ended:
+            if (job := self._waiting.get()) is not None and job.wanted:
+                self._decode(job)
+            self._score_ready()
+
+    def _decode(self, job: _Job[Any]) -> None:
+        try:
+            prepared = job.active.scorer.extractor.read(job.image, self._max_pixels)
+        except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
+            _fail(job.result, error)
+        else:
             self._ready.put(_Ready(job, prepared))
 
-    def _compute(self) -> None:
-        while (first := self._ready.get()) is not None:
-            batch = [ready for ready in self._fill(first) if ready.job.wanted and _claim(ready.job.result)]
-            if not batch:
-                continue
-            started = time.monotonic()
+    def _score_ready(self) -> None:
+        """Scores what is decoded, unless enough threads do; those look again after they have let go."""
+        while not self._ready.empty() and self._scoring.acquire(blocking=False):
             try:
-                inspections = _inspect(batch)
-            except Exception as error:  # noqa: BLE001 - handed to every caller of the batch, who logs it
-                for ready in batch:
-                    ready.job.result.set_exception(error)
+                scored = self._score([ready for ready in self._fill() if ready.job.wanted and _claim(ready.job.result)])
+            finally:
+                self._scoring.release()
+            if scored and not self._ready.empty():
+                self._waiting.wake()  # who had nothing to do but these, so that they do not wait for these results
+            for ready, result in scored:
+                _finish(ready.job, result)
+
+    def _score(self, batch: list[_Ready]) -> list[tuple[_Ready, Scored]]:
+        if not batch:
+            return []
+        started = time.monotonic()
+        inspections = _inspect(batch)
+        seconds = self._note_pace(started, len(batch))
+        metrics.COMPUTE_SECONDS.observe(seconds)
+        metrics.BATCH_IMAGES.observe(len(batch))
+        scored = []
+        for ready, inspection in zip(batch, inspections, strict=True):
+            if isinstance(inspection, Exception):
+                ready.job.result.set_exception(inspection)
                 continue
-            seconds = self._note_pace(started, len(batch))
-            metrics.COMPUTE_SECONDS.observe(seconds)
-            metrics.BATCH_IMAGES.observe(len(batch))
-            for ready, inspection in zip(batch, inspections, strict=True):
-                waited = started - ready.job.accepted
-                metrics.QUEUE_SECONDS.observe(waited)
-                image = ready.prepared
-                ready.job.result.set_result(Scored(inspection, image.height, image.width, waited, seconds))
+            image, waited = ready.prepared, started - ready.job.accepted
+            metrics.QUEUE_SECONDS.observe(waited)
+            scored.append((ready, Scored(inspection, image.height, image.width, waited, seconds)))
+        return scored
 
     def _note_pace(self, started: float, images: int) -> float:
         """Seconds of the batch; keeps what an image takes while there is work, a mean that forgets."""
         now = time.monotonic()
-        pace = (now - max(self._done, started - self._max_delay)) / images
-        self._seconds_per_image += _FORGETTING * (pace - self._seconds_per_image)
-        self._done = now
+        with self._counting:
+            pace = (now - max(self._done, started - self._max_delay)) / images
+            self._seconds_per_image += _FORGETTING * (pace - self._seconds_per_image)
+            self._done = now
         return now - started
 
-    def _fill(self, first: _Ready) -> list[_Ready]:
-        """Adds what is decoded, and what is about to be within the delay, up to the largest batch."""
-        batch, until = [first], time.monotonic() + self._max_delay
+    def _fill(self) -> list[_Ready]:
+        """What is decoded, and what is about to be within the delay, up to the largest batch."""
+        batch: list[_Ready] = []
+        until = time.monotonic() + self._max_delay
         while len(batch) < self._max_batch:
             # Alone, an image waits for nobody: there is nothing to wait for.
-            left = until - time.monotonic() if self._in_work > len(batch) else 0
+            left = until - time.monotonic() if batch and self._to_come else 0
             try:
                 ready = self._ready.get(timeout=left) if left > 0 else self._ready.get_nowait()
             except queue.Empty:
                 break
-            if ready is None:
-                self._ready.put(None)
-                break
+            with self._counting:
+                self._to_come.discard(ready.job)
             batch.append(ready)
         return batch
 
@@ -237,25 +287,44 @@ def _late() -> Refusal:
     return Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the image was computed")
 
 
-def _claim(result: Future[Scored]) -> bool:
+def _finish(job: _Job[Any], scored: Scored) -> None:
+    try:
+        result = job.finish(scored)
+    except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
+        job.result.set_exception(error)
+    else:
+        job.result.set_result(result)
+
+
+def _claim(result: Future[Any]) -> bool:
     """Whether the result is still wanted; from here on it cannot be cancelled."""
     return not result.done() and result.set_running_or_notify_cancel()
 
 
-def _fail(result: Future[Scored], error: Exception) -> None:
+def _fail(result: Future[Any], error: Exception) -> None:
     if _claim(result):
         result.set_exception(error)
 
 
-def _inspect(batch: list[_Ready]) -> list[Inspection]:
-    """Features once for all images of a backbone, distances by scorer; results in the order of the batch."""
-    results: dict[int, Inspection] = {}
+def _inspect(batch: list[_Ready]) -> list[Inspection | Exception]:
+    """Features once for all images of a backbone, distances by scorer; results in the order of the batch.
+
+    What one backbone or scorer raises is the result of its own images, and handed to their callers, who log it.
+    """
+    results: dict[int, Inspection | Exception] = {}
     scorers = [ready.job.active.scorer for ready in batch]
     for extractor in {scorer.extractor for scorer in scorers}:
         rows = [i for i, scorer in enumerate(scorers) if scorer.extractor is extractor]
-        features = extractor(torch.stack([batch[i].prepared.pixels for i in rows]))
+        try:
+            features = extractor(torch.stack([batch[i].prepared.pixels for i in rows]))
+        except Exception as error:  # noqa: BLE001 - see above
+            results.update(dict.fromkeys(rows, error))
+            continue
         for scorer in {scorers[i] for i in rows}:
-            mine = [(position, i) for position, i in enumerate(rows) if scorers[i] is scorer]
-            inspections = scorer.inspect_features(features[[position for position, _ in mine]])
-            results.update(zip((i for _, i in mine), inspections, strict=True))
+            mine = [position for position, i in enumerate(rows) if scorers[i] is scorer]
+            images = [rows[position] for position in mine]
+            try:
+                results.update(zip(images, scorer.inspect_features(features[mine]), strict=True))
+            except Exception as error:  # noqa: BLE001 - see above
+                results.update(dict.fromkeys(images, error))
     return [results[i] for i in range(len(batch))]

@@ -22,7 +22,7 @@ class FairQueue(Generic[Item]):
         self._size = size
         self._waiting: dict[str, deque[Item]] = {}
         self._count = 0
-        self._closed = False
+        self._closed = self._woken = False
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class FairQueue(Generic[Item]):
             return ahead
 
     def put(self, item: Item, caller: str) -> Item | None:
-        """Adds an item; what must be refused for it, which is the item itself where its caller has the most waiting."""
+        """Adds an item; what is refused for it: the item itself, unless another caller has more waiting even then."""
         with self._changed:
             refused = None
             if self._count >= self._size:
@@ -55,11 +55,18 @@ class FairQueue(Generic[Item]):
             self._changed.notify()
             return refused
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is closed and empty."""
+        with self._changed:
+            return self._closed and not self._count
+
     def get(self) -> Item | None:
-        """The next caller's oldest item, as soon as there is one; None once the queue is closed and empty."""
+        """The next caller's oldest item, as soon as there is one; None if it is closed and empty, or on `wake`."""
         with self._changed:
             while not self._count:
-                if self._closed:
+                if self._closed or self._woken:
+                    self._woken = False
                     return None
                 self._changed.wait()
             # Callers stand in the order of the dict; whoever was served goes to its end.
@@ -80,6 +87,12 @@ class FairQueue(Generic[Item]):
                 self._count -= 1
                 if not items:
                     del self._waiting[caller]
+
+    def wake(self) -> None:
+        """Lets one thread go on that waits for an item in vain, now or next."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
 
     def close(self) -> None:
         """Lets `get` end when everything is taken."""

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
+import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from feddymem.image_data import EncodedImage, RawImage
-from feddymem.scoring import Region, anomaly_map, heatmap_png, regions
-from feddymem.threads import leave_cores
+from feddymem.maps import MapKind, Region, anomaly_map, heatmap_png, regions
 from services.inference.batcher import Batcher, Scored
 from services.inference.registry import Active, Registry
 from services.runtime.errors import Refusal, invalid
-
-MapKind = Literal["none", "float32", "png"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +83,6 @@ class Inspector:
 
     def __init__(self, registry: Registry, batcher: Batcher) -> None:
         self._registry, self._batcher = registry, batcher
-        self._drawing = 0
-        self._drawers = ThreadPoolExecutor(1, thread_name_prefix="draw", initializer=leave_cores)
-
-    def close(self) -> None:
-        """Ends the threads after the work that is accepted."""
-        self._drawers.shutdown()
 
     async def inspect(self, inspection: Inspection) -> Result:
         """Inspects one image.
@@ -107,41 +96,19 @@ class Inspector:
             if value is not None and not value >= 0:
                 raise invalid(f"{name} is {value}; expected a number of at least 0")
         active = self._registry.find(inspection.federation, inspection.site)
-        scored = await self._score(active, inspection)
-        if inspection.map_kind == "none" and not _may_have_regions(inspection, scored):
-            return _result(inspection, active, scored)
-        self._drawing += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._drawers, _result, inspection, active, scored)
-        finally:
-            self._drawing -= 1
-            self._batcher.notify_room()
-
-    async def _score(self, active: Active, inspection: Inspection) -> Scored:
         started = time.monotonic()
         while True:
-            left = inspection.seconds_left
-            if left is not None:
-                left -= time.monotonic() - started
             waited = time.monotonic() - started
+            left = None if inspection.seconds_left is None else inspection.seconds_left - waited
             try:
-                self._require_drawer(inspection)
-                scored = await self._batcher.inspect(active, inspection.image, inspection.caller, left)
-                return dataclasses.replace(scored, queue_seconds=scored.queue_seconds + waited)
+                result = await self._batcher.inspect(
+                    active, inspection.image, functools.partial(_result, inspection, active), inspection.caller, left
+                )
+                return dataclasses.replace(result, queue_seconds=result.queue_seconds + waited)
             except Refusal as refusal:
                 if not inspection.patient or refusal.status is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise
             await self._batcher.room(left)
-
-    def _require_drawer(self, inspection: Inspection) -> None:
-        """Maps and regions wait behind the scores, and as few of them."""
-        draws = inspection.map_kind != "none" or inspection.pixel_threshold is not None
-        if draws and self._drawing >= self._batcher.queue_size:
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._drawing} maps and regions are waiting, as many as are allowed; try again in 0.1 seconds",
-            )
 
 
 def _may_have_regions(inspection: Inspection, scored: Scored) -> bool:

@@ -38,7 +38,7 @@ def main(args: list[str]) -> None:
 
 async def _serve(settings: InferenceSettings) -> None:
     registry = Registry(settings)
-    batcher = Batcher(settings.batch, settings.max_delay_seconds, settings.room, settings.max_pixels)
+    batcher = Batcher(settings.batch, settings.at_once, settings.max_delay_seconds, settings.room, settings.max_pixels)
     inspector = Inspector(registry, batcher)
     services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
@@ -55,7 +55,6 @@ async def _serve(settings: InferenceSettings) -> None:
             )
     finally:
         batcher.stop()
-        inspector.close()
 
 
 async def _show(readiness: Readiness, registry: Registry) -> None:

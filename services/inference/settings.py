@@ -8,6 +8,7 @@ from pydantic import Field
 
 from feddymem.backbone import resolve_device
 from feddymem.images import MAX_PIXELS
+from feddymem.threads import computing_at_once
 from services.runtime.settings import Address, ClientSettings, Name
 
 
@@ -28,7 +29,7 @@ class InferenceSettings(ClientSettings):
         default=(), description="federations to serve; empty for all that the aggregator has"
     )
     max_batch: int | None = Field(
-        default=None, ge=1, le=1024, description="images computed together, at most; none: 2 on a CPU, 32 on a GPU"
+        default=None, ge=1, le=1024, description="images computed together, at most; none: 1 on a CPU, 32 on a GPU"
     )
     max_delay_seconds: float = Field(
         default=0.002,
@@ -40,7 +41,7 @@ class InferenceSettings(ClientSettings):
         default=None,
         ge=1,
         le=100_000,
-        description="inspections waiting, at most; more are refused; none: as many as max_batch",
+        description="inspections waiting, at most; more are refused; none: as many as are computed at once",
     )
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
     max_request_bytes: int = Field(
@@ -50,9 +51,14 @@ class InferenceSettings(ClientSettings):
     @property
     def batch(self) -> int:
         """Images computed together, at most. A GPU needs many to be busy; a CPU gains next to nothing from more."""
-        return self.max_batch or {"cpu": 2, "cuda": 32}[resolve_device(self.device)]
+        return self.max_batch or {"cpu": 1, "cuda": 32}[resolve_device(self.device)]
+
+    @property
+    def at_once(self) -> int:
+        """Batches computed at once, at most."""
+        return computing_at_once() if resolve_device(self.device) == "cpu" else 1
 
     @property
     def room(self) -> int:
         """Inspections waiting, at most."""
-        return self.queue_size or self.batch
+        return self.queue_size or self.batch * self.at_once

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from feddymem.backbone import load_extractor
 from feddymem.images import decode
-from feddymem.scoring import Scorer, anomaly_map
+from feddymem.maps import anomaly_map
+from feddymem.scoring import Scorer
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,

@@ -14,7 +14,8 @@ from feddymem.backbone import load_extractor
 from feddymem.client import InspectionClient, InvalidRequestError, NotServedError
 from feddymem.datasets import SiteData
 from feddymem.images import decode
-from feddymem.scoring import Scorer, anomaly_map
+from feddymem.maps import anomaly_map
+from feddymem.scoring import Scorer
 from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_from_wire
 from services.runtime.messages import feature_space_from_message, generator_from_wire

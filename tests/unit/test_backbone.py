@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from feddymem import network
-from feddymem.backbone import FeatureExtractor, MapNetwork, load_extractor, resolve_device
+from feddymem.backbone import FeatureExtractor, load_extractor, resolve_device
+from feddymem.feature_network import MapNetwork, PatchFeatures
 from feddymem.image_data import RawImage
 from feddymem.network import EMBEDDED_BACKBONE, Network
 from tests.feature_spaces import SPACE
@@ -153,7 +154,7 @@ def test_a_feature_is_a_patch_and_the_mean_of_its_neighbours_in_turned_channels(
     space = dataclasses.replace(SPACE, input_size=48, tile_size=48, pooling=pooling, channels=channels, grid=6)
     maps_of_layers = Maps(*(torch.from_numpy(m[None]).float() for m in (fine, coarse)))
     joined = MapNetwork(Network(maps_of_layers, (1, 2), (8, 16), (4, channels - 4), (0, 0, 0), (1, 1, 1), "ab"))
-    features = FeatureExtractor(space, joined, torch.device("cpu"))(torch.zeros(2, 3, 48, 48)).numpy()
+    features = nn.Sequential(joined, PatchFeatures(space))(torch.zeros(2, 3, 48, 48)).numpy()
 
     maps, reach = np.concatenate([fine, doubled(coarse)]), pooling // 2
     expected = np.zeros((6 * 6, channels))

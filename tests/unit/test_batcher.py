@@ -1,11 +1,12 @@
-"""Batches: filled, fair, computed beside the event loop, and free of what nobody waits for any more."""
+"""Batches: filled, fair, made into results beside the event loop, and free of what nobody waits for any more."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -26,8 +27,11 @@ from services.runtime.errors import Refusal
 
 SECONDS = 30
 """A test that waits longer has failed."""
-LONG = 1000.0
-"""A delay that no test may have."""
+LONG = 2.0 * SECONDS
+"""A delay that no test may have; not for ever, or a test that fails would not end."""
+THREADS = 3
+HELD = [100, 101, 102]
+"""Images that `busy_threads` are held at."""
 
 
 class Gate:
@@ -78,9 +82,11 @@ class Extractor:
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
         self.reading, self.computing = Gate(), Gate()
+        self.reading_of: dict[int, Gate] = {}
         self.read_images: list[int] = []
         self.batches: list[list[int]] = []
         self.threads: list[tuple[str, str]] = []
+        self.fails_to_read: set[int] = set()
         self.fails = False
         self.on_compute: Callable[[], None] = lambda: None
 
@@ -90,6 +96,10 @@ class Extractor:
         if not image.data:
             raise ImageError("image is empty")
         number = int(bytes(image.data))
+        if number in self.reading_of:
+            self.reading_of[number].pass_through()
+        if number in self.fails_to_read:
+            raise ImageError("image is broken")
         self.read_images.append(number)
         return PreparedImage(torch.full((3, 2, 2), float(number)), height=number, width=max_pixels)
 
@@ -121,18 +131,35 @@ def image(number: int) -> EncodedImage:
     return EncodedImage(str(number).encode())
 
 
+def as_it_is(scored: Scored) -> Scored:
+    return scored
+
+
+class Finish:
+    """Makes nothing of a score, at a gate."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.threads: list[str] = []
+
+    def __call__(self, scored: Scored) -> Scored:
+        self.threads.append(threading.current_thread().name)
+        self.gate.pass_through()
+        return scored
+
+
 @asynccontextmanager
 async def started(
-    *extractors: Extractor, max_batch: int = 4, max_delay: float = LONG, queue_size: int = 64
+    *extractors: Extractor, max_batch: int = 4, at_once: int = 1, max_delay: float = LONG, queue_size: int = 64
 ) -> AsyncIterator[Batcher]:
-    batcher = Batcher(max_batch, max_delay, queue_size, max_pixels=99)
+    batcher = Batcher(max_batch, at_once, max_delay, queue_size, max_pixels=99)
     batcher.start()
     try:
         yield batcher
     finally:
         for extractor in extractors:
-            extractor.reading.open()
-            extractor.computing.open()
+            for gate in (extractor.reading, extractor.computing, *extractor.reading_of.values()):
+                gate.open()
         await asyncio.to_thread(batcher.stop)
 
 
@@ -163,6 +190,11 @@ def extractor() -> Extractor:
     return Extractor()
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher_module, "workers", lambda: THREADS)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -173,7 +205,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 async def test_an_image_alone_waits_for_nobody(extractor: Extractor) -> None:
     async with started(extractor) as batcher:
         for number in (1, 2):
-            scored = await asyncio.wait_for(batcher.inspect(active(extractor), image(number)), SECONDS)
+            scored = await asyncio.wait_for(batcher.inspect(active(extractor), image(number), as_it_is), SECONDS)
             assert (scored.inspection.score, scored.height, scored.width) == (number, number, 99)
     assert extractor.batches == [[1], [2]]
 
@@ -182,35 +214,294 @@ async def test_batches_are_filled_and_the_last_does_not_wait_for_what_is_done(ex
     """While one image is computed, nine come."""
     extractor.computing.close()
     async with started(extractor, max_batch=4) as batcher:
-        first = await begun([batcher.inspect(active(extractor), image(0))])
+        first = await begun([batcher.inspect(active(extractor), image(0), as_it_is)])
         await extractor.computing.come(1)
-        others = await begun([batcher.inspect(active(extractor), image(number)) for number in range(1, 10)])
+        others = await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in range(1, 10)])
         extractor.computing.open()
         assert await scores(first + others) == list(range(10))
     assert [len(batch) for batch in extractor.batches] == [1, 4, 4, 1]
     assert sorted(number for batch in extractor.batches for number in batch) == list(range(10))
 
 
-async def test_a_batch_waits_no_longer_than_the_delay(extractor: Extractor) -> None:
-    """The second image is being decoded all the time that the first is computed."""
-    async with started(extractor, max_delay=0.001) as batcher:
-        extractor.computing.close()
-        first = await begun([batcher.inspect(active(extractor), image(0))])
-        await extractor.computing.come(1)
-        extractor.reading.close()
-        second = await begun([batcher.inspect(active(extractor), image(1))])
-        await extractor.reading.come(2)
-        extractor.computing.open()
-        assert await scores(first) == [0]
-        extractor.reading.open()
-        assert await scores(second) == [1]
-
-
-async def test_the_event_loop_neither_decodes_nor_computes(extractor: Extractor) -> None:
+async def test_a_batch_waits_for_what_is_being_decoded(extractor: Extractor) -> None:
+    gate = extractor.reading_of[1] = Gate()
+    gate.close()
     async with started(extractor) as batcher:
-        await scores(await begun([batcher.inspect(active(extractor), image(number)) for number in range(20)]))
-    assert {name for kind, name in extractor.threads if kind == "read"} <= {"decode-0", "decode-1"}
-    assert {name for kind, name in extractor.threads if kind == "compute"} == {"compute"}
+        [slow] = await begun([batcher.inspect(active(extractor), image(1), as_it_is)])
+        await gate.come(1)
+        [fast] = await begun([batcher.inspect(active(extractor), image(0), as_it_is)])
+        await extractor.reading.come(2)
+        gate.open()
+        assert await scores([fast, slow]) == [0, 1]
+    assert [sorted(batch) for batch in extractor.batches] == [[0, 1]]
+
+
+async def test_a_batch_waits_no_longer_than_the_delay(extractor: Extractor) -> None:
+    """The second image is being decoded until the first has its score."""
+    gate = extractor.reading_of[1] = Gate()
+    gate.close()
+    async with started(extractor, max_delay=0.001) as batcher:
+        [slow] = await begun([batcher.inspect(active(extractor), image(1), as_it_is)])
+        await gate.come(1)
+        assert await scores(await begun([batcher.inspect(active(extractor), image(0), as_it_is)])) == [0]
+        gate.open()
+        assert await scores([slow]) == [1]
+    assert extractor.batches == [[0], [1]]
+
+
+async def test_the_event_loop_neither_decodes_nor_computes_nor_makes_results(extractor: Extractor) -> None:
+    finish = Finish()
+    async with started(extractor) as batcher:
+        await scores(await begun([batcher.inspect(active(extractor), image(number), finish) for number in range(20)]))
+    assert {kind for kind, _name in extractor.threads} == {"read", "compute"}
+    names = {name for _kind, name in extractor.threads} | set(finish.threads)
+    assert all(name.startswith("inspect-") for name in names)
+    assert len(finish.threads) == 20
+
+
+async def test_an_image_alone_goes_through_one_thread(extractor: Extractor) -> None:
+    for number in range(10):
+        alone, finish = Extractor(), Finish()
+        async with started(alone) as batcher:
+            assert await scores(await begun([batcher.inspect(active(alone), image(number), finish)])) == [number]
+        [(_read, reader), (_compute, computer)] = alone.threads
+        assert [reader] == [computer] == finish.threads
+
+
+async def test_the_caller_gets_what_is_made_of_the_score(extractor: Extractor) -> None:
+    async with started(extractor) as batcher:
+        made = batcher.inspect(active(extractor), image(7), lambda scored: f"score {scored.inspection.score}")
+        assert await asyncio.wait_for(made, SECONDS) == "score 7.0"
+
+
+async def test_while_a_result_is_made_the_next_image_is_scored_and_waits_for_nobody(extractor: Extractor) -> None:
+    """What has its score already is no reason for a batch to wait."""
+    slow = Finish()
+    slow.gate.close()
+    async with started(extractor) as batcher:
+        try:
+            [first] = await begun([batcher.inspect(active(extractor), image(0), slow)])
+            await slow.gate.come(1)
+            for number in (1, 2):
+                assert await scores(await begun([batcher.inspect(active(extractor), image(number), as_it_is)])) == [
+                    number
+                ]
+            assert not first.done()
+        finally:
+            slow.gate.open()
+        assert await scores([first]) == [0]
+    assert extractor.batches == [[0], [1], [2]]
+
+
+async def test_as_many_batches_are_computed_at_once_as_are_allowed(extractor: Extractor) -> None:
+    extractor.computing.close()
+    async with started(extractor, max_batch=1, at_once=2) as batcher:
+        tasks = await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in range(6)])
+        await extractor.computing.come(2)
+        await extractor.reading.come(4)
+        assert len(extractor.batches) == 2
+        extractor.computing.open()
+        assert await scores(tasks) == list(range(6))
+
+
+async def test_a_batch_does_not_wait_for_what_another_one_computes(extractor: Extractor) -> None:
+    extractor.computing.close()
+    async with started(extractor, at_once=2) as batcher:
+        tasks = []
+        for number in range(2):
+            tasks += await begun([batcher.inspect(active(extractor), image(number), as_it_is)])
+            await extractor.computing.come(len(tasks))
+        extractor.computing.open()
+        assert await scores(tasks) == [0, 1]
+    assert extractor.batches == [[0], [1]]
+
+
+async def test_what_was_decoded_meanwhile_does_not_wait_until_a_result_is_made(extractor: Extractor) -> None:
+    """One thread computes and makes image 0's result, one decodes image 2, the third has nothing to do but image 1."""
+    slow, gates = Finish(), {number: Gate() for number in (2, 3)}
+    extractor.reading_of = gates
+    for gate in (slow.gate, extractor.computing, *gates.values()):
+        gate.close()
+    async with started(extractor, max_delay=0) as batcher:
+        try:
+            [first] = await begun([batcher.inspect(active(extractor), image(0), slow)])
+            await extractor.computing.come(1)
+            [decoding] = await begun([batcher.inspect(active(extractor), image(2), as_it_is)])
+            await gates[2].come(1)
+            decoded, broken = await begun(
+                [batcher.inspect(active(extractor), image(number), as_it_is) for number in (1, 3)]
+            )
+            await gates[3].come(1)  # so image 1 is decoded, and its thread has seen that another one computes
+            extractor.fails_to_read.add(3)
+            gates[3].open()
+            with pytest.raises(ImageError, match="image is broken"):
+                await asyncio.wait_for(broken, SECONDS)
+            extractor.computing.open()
+            await slow.gate.come(1)
+            assert await scores([decoded]) == [1]
+            assert not first.done()
+        finally:
+            slow.gate.open()
+        gates[2].open()
+        assert await scores([first, decoding]) == [0, 2]
+
+
+async def test_an_error_in_making_a_result_reaches_its_caller_alone(extractor: Extractor) -> None:
+    """More errors than there are threads: each of them goes on."""
+
+    def fail(scored: Scored) -> Scored:
+        raise ValueError(f"no map of {scored.inspection.score}")
+
+    extractor.computing.close()
+    async with started(extractor, max_batch=12) as batcher:
+        first = await begun([batcher.inspect(active(extractor), image(0), as_it_is)])
+        await extractor.computing.come(1)
+        tasks = await begun(
+            [batcher.inspect(active(extractor), image(number), (as_it_is, fail)[number % 2]) for number in range(1, 13)]
+        )
+        extractor.computing.open()
+        assert await scores([*first, *tasks[1::2]]) == list(range(0, 13, 2))
+        for number, task in zip(range(1, 13, 2), tasks[::2], strict=True):
+            with pytest.raises(ValueError, match=f"no map of {number}.0"):
+                await asyncio.wait_for(task, SECONDS)
+        assert [len(batch) for batch in extractor.batches] == [1, 12]
+        for number in range(2 * THREADS):
+            [broken] = await begun([batcher.inspect(active(extractor), image(number), fail)])
+            with pytest.raises(ValueError, match="no map"):
+                await asyncio.wait_for(broken, SECONDS)
+        assert await scores(
+            await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in range(THREADS)])
+        ) == list(range(THREADS))
+
+
+async def test_what_waits_while_scoring_is_held_up_waits_undecoded(extractor: Extractor) -> None:
+    """One batch is computed, another one may lie decoded; the rest stays in the queue, which is full in the end."""
+    max_batch, queue_size = 8, 5
+    extractor.computing.close()
+    async with started(extractor, max_batch=max_batch, queue_size=queue_size) as batcher:
+        tasks: list[Task] = []
+        for number in range(max_batch):
+            tasks += await begun([batcher.inspect(active(extractor), image(number), as_it_is)])
+            await extractor.reading.come(len(tasks))
+            await extractor.computing.come(1)
+        more = range(len(tasks), len(tasks) + queue_size)
+        tasks += await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in more])
+        [refused] = await begun([batcher.inspect(active(extractor), image(99), as_it_is)])
+        assert (await refusal(refused)).status is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(extractor.threads) == len(tasks) - queue_size + 1  # and one computation
+        extractor.computing.open()
+        assert await scores(tasks) == list(range(len(tasks)))
+
+
+class Bound:
+    """How many there are of something, at most."""
+
+    def __init__(self) -> None:
+        self._lock, self._now, self.most = threading.Lock(), 0, 0
+
+    def change(self, by: int) -> None:
+        with self._lock:
+            self._now += by
+            self.most = max(self.most, self._now)
+
+
+class Unsteady(Extractor):
+    """Takes a while for everything, one time longer than the other."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._chance = np.random.default_rng(seed)
+        self.decoded, self.computations = Bound(), Bound()
+
+    def dawdle(self, scored: Scored | None = None) -> Any:
+        for _ in range(int(self._chance.exponential(300))):
+            pass
+        return scored
+
+    def read(self, image: EncodedImage | RawImage, max_pixels: int) -> PreparedImage:
+        self.dawdle()
+        prepared = super().read(image, max_pixels)
+        self.decoded.change(1)
+        return prepared
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.decoded.change(-len(pixels))
+        self.computations.change(1)
+        self.dawdle()
+        features = super().__call__(pixels)
+        self.computations.change(-1)
+        return features
+
+
+@pytest.fixture
+def _frequent_switches() -> Iterator[None]:
+    seconds = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(seconds)
+
+
+@pytest.mark.usefixtures("_frequent_switches")
+@pytest.mark.parametrize(("at_once", "max_delay"), [(1, 0.0), (1, LONG), (2, 0.0), (2, 0.001), (3, 0.001)])
+@pytest.mark.parametrize("max_batch", [1, 2, 5])
+async def test_nothing_that_is_decoded_is_left_lying(max_batch: int, at_once: int, max_delay: float) -> None:
+    """Many small waves, for what is left lying is found by the next image: only the last of a wave could be forgotten.
+
+    Nor does a batch wait for images that will not come, where it is the only one.
+    """
+    chance = np.random.default_rng(max_batch)
+    extractor = Unsteady(seed=max_batch)
+    async with started(extractor, max_batch=max_batch, at_once=at_once, max_delay=max_delay) as batcher:
+        begin = 0
+        for _ in range(150):
+            tasks: list[Task] = []
+            wave = range(begin, begin + int(chance.choice((1, 2, 3, 4, 7, 15))))
+            begin = wave.stop
+            for number in wave:
+                inspection = batcher.inspect(active(extractor), image(number), extractor.dawdle, str(number % 3))
+                tasks += await begun([inspection])
+                for _ in range(int(chance.choice((0, 0, 1, 5)))):
+                    await asyncio.sleep(0)  # the event loop's turn, not time
+            assert await scores(tasks) == list(wave)
+    computed = [number for batch in extractor.batches for number in batch]
+    assert len(computed) == len(set(computed)) == len(extractor.read_images)
+    assert max(len(batch) for batch in extractor.batches) <= max_batch
+    assert extractor.computations.most <= at_once
+    # What lies decoded, what the decoding threads hold, and what is taken for the next batches.
+    assert extractor.decoded.most <= max(1, max_batch - THREADS) + (THREADS - at_once) + at_once * max_batch
+
+
+@pytest.mark.usefixtures("_frequent_switches")
+@pytest.mark.parametrize("at_once", [1, 2])
+async def test_each_of_many_callers_gets_its_own_result_whoever_leaves_or_fails(at_once: int) -> None:
+    extractor, chance = Unsteady(seed=1), np.random.default_rng(1)
+
+    def refuse(scored: Scored) -> Scored:
+        raise ValueError(str(scored.height))
+
+    async def call(batcher: Batcher, caller: int) -> int:
+        done = 0
+        for number in range(1000 * caller, 1000 * caller + 60):
+            kind = chance.choice(("whole", "whole", "broken", "refused", "gone"))
+            data = EncodedImage(b"") if kind == "broken" else image(number)
+            finish = refuse if kind == "refused" else extractor.dawdle
+            task = asyncio.create_task(batcher.inspect(active(extractor), data, finish, str(caller)))
+            if kind == "gone":
+                for _ in range(chance.integers(40)):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+            elif kind == "whole":
+                assert await scores([task]) == [number]
+            else:
+                expected, text = (ImageError, "image is empty") if kind == "broken" else (ValueError, f"^{number}$")
+                with pytest.raises(expected, match=text):
+                    await asyncio.wait_for(task, SECONDS)
+            done += 1
+        return done
+
+    async with started(extractor, max_batch=4, at_once=at_once, max_delay=0.0005) as batcher:
+        assert await asyncio.gather(*(call(batcher, caller) for caller in range(12))) == [60] * 12
 
 
 async def test_images_of_several_federations_and_backbones_get_their_own_scores(extractor: Extractor) -> None:
@@ -218,9 +509,9 @@ async def test_images_of_several_federations_and_backbones_get_their_own_scores(
     actives = [active(extractor), active(other, 0.25), active(extractor, 0.5)]
     extractor.computing.close()
     async with started(extractor, other, max_batch=16) as batcher:
-        first = await begun([batcher.inspect(actives[0], image(0))])
+        first = await begun([batcher.inspect(actives[0], image(0), as_it_is)])
         await extractor.computing.come(1)
-        others = await begun([batcher.inspect(actives[number % 3], image(number)) for number in range(1, 14)])
+        others = await begun([batcher.inspect(actives[number % 3], image(number), as_it_is) for number in range(1, 14)])
         extractor.computing.open()
         expected = [(number, 0.25 - number, number + 0.5)[number % 3] for number in range(14)]
         assert await scores(first + others) == expected
@@ -229,37 +520,40 @@ async def test_images_of_several_federations_and_backbones_get_their_own_scores(
 
 
 @asynccontextmanager
-async def busy_decoders(extractor: Extractor, **options: Any) -> AsyncIterator[tuple[Batcher, list[Task]]]:
-    """A batcher whose decoders have begun with the images 100 and 101 and are held there."""
+async def busy_threads(extractor: Extractor, **options: Any) -> AsyncIterator[tuple[Batcher, list[Task]]]:
+    """A batcher whose threads have begun with the images `HELD` and are held there."""
     extractor.reading.close()
     async with started(extractor, **options) as batcher:
         held: list[Task] = []
-        for number in (100, 101):  # the second only when the first is out of the queue, which may be small
-            held += await begun([batcher.inspect(active(extractor), image(number))])
+        for number in HELD:  # the next only when the one before is out of the queue, which may be small
+            held += await begun([batcher.inspect(active(extractor), image(number), as_it_is)])
             await extractor.reading.come(len(held))
         yield batcher, held
 
 
 async def test_what_waited_too_long_is_refused_and_not_decoded(extractor: Extractor, clock: Clock) -> None:
-    async with busy_decoders(extractor) as (batcher, held):
+    async with busy_threads(extractor) as (batcher, held):
         late, patient = await begun(
-            [batcher.inspect(active(extractor), image(number), "", left) for number, left in ((1, 5.0), (2, 5.1))]
+            [
+                batcher.inspect(active(extractor), image(number), as_it_is, "", left)
+                for number, left in ((1, 5.0), (2, 5.1))
+            ]
         )
         clock.now += 5
         extractor.reading.open()
         refused = await refusal(late)
-        assert await scores([*held, patient]) == [100, 101, 2]
+        assert await scores([*held, patient]) == [*HELD, 2]
     assert refused.status is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert sorted(extractor.read_images) == [2, 100, 101]
+    assert sorted(extractor.read_images) == [2, *HELD]
 
 
 async def test_what_expired_after_it_was_decoded_is_not_computed(extractor: Extractor, clock: Clock) -> None:
     extractor.computing.close()
     async with started(extractor) as batcher:
-        first = await begun([batcher.inspect(active(extractor), image(0))])
+        first = await begun([batcher.inspect(active(extractor), image(0), as_it_is)])
         await extractor.computing.come(1)
-        [late] = await begun([batcher.inspect(active(extractor), image(1), "", 5.0)])
-        [after] = await begun([batcher.inspect(active(extractor), image(2))])
+        [late] = await begun([batcher.inspect(active(extractor), image(1), as_it_is, "", 5.0)])
+        [after] = await begun([batcher.inspect(active(extractor), image(2), as_it_is)])
         await extractor.reading.come(3)
         clock.now += 5
         extractor.computing.open()
@@ -269,55 +563,55 @@ async def test_what_expired_after_it_was_decoded_is_not_computed(extractor: Extr
 
 
 async def test_what_nobody_waits_for_any_more_is_not_decoded(extractor: Extractor) -> None:
-    async with busy_decoders(extractor) as (batcher, held):
-        [gone, stays] = await begun([batcher.inspect(active(extractor), image(number)) for number in (1, 2)])
+    async with busy_threads(extractor) as (batcher, held):
+        [gone, stays] = await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in (1, 2)])
         gone.cancel()
         await asyncio.wait([gone])
         extractor.reading.open()
-        assert await scores([*held, stays]) == [100, 101, 2]
+        assert await scores([*held, stays]) == [*HELD, 2]
     assert gone.cancelled()
-    assert sorted(extractor.read_images) == [2, 100, 101]
+    assert sorted(extractor.read_images) == [2, *HELD]
 
 
 async def test_what_nobody_waits_for_any_more_is_not_computed(extractor: Extractor) -> None:
-    async with busy_decoders(extractor) as (_batcher, [gone, stays]):
+    async with busy_threads(extractor) as (_batcher, [gone, *stay]):
         gone.cancel()
         await asyncio.wait([gone])
         extractor.reading.open()
-        assert await scores([stays]) == [101]
-    assert sorted(extractor.read_images) == [100, 101]
-    assert extractor.batches == [[101]]
+        assert await scores(stay) == HELD[1:]
+    assert sorted(extractor.read_images) == HELD
+    assert sorted(number for batch in extractor.batches for number in batch) == HELD[1:]
 
 
 async def test_the_place_of_who_leaves_is_free_at_once(extractor: Extractor) -> None:
-    async with busy_decoders(extractor, queue_size=1) as (batcher, held):
-        [gone] = await begun([batcher.inspect(active(extractor), image(1))])
+    async with busy_threads(extractor, queue_size=1) as (batcher, held):
+        [gone] = await begun([batcher.inspect(active(extractor), image(1), as_it_is)])
         gone.cancel()
         await asyncio.wait([gone])
-        [stays] = await begun([batcher.inspect(active(extractor), image(2))])
+        [stays] = await begun([batcher.inspect(active(extractor), image(2), as_it_is)])
         extractor.reading.open()
-        assert await scores([*held, stays]) == [100, 101, 2]
+        assert await scores([*held, stays]) == [*HELD, 2]
 
 
 async def test_who_leaves_while_it_is_computed_disturbs_nobody(extractor: Extractor) -> None:
     extractor.computing.close()
     async with started(extractor) as batcher:
-        [gone] = await begun([batcher.inspect(active(extractor), image(0))])
+        [gone] = await begun([batcher.inspect(active(extractor), image(0), as_it_is)])
         await extractor.computing.come(1)
         gone.cancel()
         await asyncio.wait([gone])
-        [stays] = await begun([batcher.inspect(active(extractor), image(1))])
+        [stays] = await begun([batcher.inspect(active(extractor), image(1), as_it_is)])
         extractor.computing.open()
         assert await scores([stays]) == [1]
 
 
 async def test_a_full_queue_refuses_with_a_hint(extractor: Extractor) -> None:
-    async with busy_decoders(extractor, queue_size=2) as (batcher, held):
-        waiting = await begun([batcher.inspect(active(extractor), image(number), "a") for number in (1, 2)])
-        [refused] = await begun([batcher.inspect(active(extractor), image(3), "a")])
+    async with busy_threads(extractor, queue_size=2) as (batcher, held):
+        waiting = await begun([batcher.inspect(active(extractor), image(number), as_it_is, "a") for number in (1, 2)])
+        [refused] = await begun([batcher.inspect(active(extractor), image(3), as_it_is, "a")])
         answer = await refusal(refused)
         extractor.reading.open()
-        assert await scores(held + waiting) == [100, 101, 1, 2]
+        assert await scores(held + waiting) == [*HELD, 1, 2]
     assert answer.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert re.fullmatch(
         r"2 inspections are waiting, as many as are allowed; try again in \d+\.\d\d seconds", answer.text
@@ -325,12 +619,14 @@ async def test_a_full_queue_refuses_with_a_hint(extractor: Extractor) -> None:
 
 
 async def test_a_caller_with_little_in_a_full_queue_takes_the_place_of_one_with_much(extractor: Extractor) -> None:
-    async with busy_decoders(extractor, queue_size=2) as (batcher, held):
-        first, newest = await begun([batcher.inspect(active(extractor), image(number), "a") for number in (1, 2)])
-        [other] = await begun([batcher.inspect(active(extractor), image(3), "b")])
+    async with busy_threads(extractor, queue_size=2) as (batcher, held):
+        first, newest = await begun(
+            [batcher.inspect(active(extractor), image(number), as_it_is, "a") for number in (1, 2)]
+        )
+        [other] = await begun([batcher.inspect(active(extractor), image(3), as_it_is, "b")])
         assert (await refusal(newest)).status is grpc.StatusCode.RESOURCE_EXHAUSTED
         extractor.reading.open()
-        assert await scores([*held, first, other]) == [100, 101, 1, 3]
+        assert await scores([*held, first, other]) == [*HELD, 1, 3]
 
 
 async def test_what_would_wait_longer_than_it_may_is_refused_at_once(extractor: Extractor, clock: Clock) -> None:
@@ -341,16 +637,18 @@ async def test_what_would_wait_longer_than_it_may_is_refused_at_once(extractor: 
 
     extractor.on_compute = pass_time
     async with started(extractor, max_batch=1, max_delay=0) as batcher:
-        await scores(await begun([batcher.inspect(active(extractor), image(0))]))
+        await scores(await begun([batcher.inspect(active(extractor), image(0), as_it_is)]))
         extractor.reading.close()
-        held = await begun([batcher.inspect(active(extractor), image(number)) for number in (100, 101)])
-        await extractor.reading.come(3)
-        waiting = await begun([batcher.inspect(active(extractor), image(number), "a") for number in (1, 2, 3)])
+        held = await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in HELD])
+        await extractor.reading.come(1 + THREADS)
+        waiting = await begun(
+            [batcher.inspect(active(extractor), image(number), as_it_is, "a") for number in (1, 2, 3)]
+        )
         hasty, other, patient = await begun(
             [
-                batcher.inspect(active(extractor), image(4), "a", 2.9),
-                batcher.inspect(active(extractor), image(5), "b", 1.1),
-                batcher.inspect(active(extractor), image(6), "a", 1e6),
+                batcher.inspect(active(extractor), image(4), as_it_is, "a", 2.9),
+                batcher.inspect(active(extractor), image(5), as_it_is, "b", 1.1),
+                batcher.inspect(active(extractor), image(6), as_it_is, "a", 1e6),
             ]
         )
         answer = await refusal(hasty)
@@ -358,50 +656,72 @@ async def test_what_would_wait_longer_than_it_may_is_refused_at_once(extractor: 
         assert answer.text.startswith("images wait for about 3.000 seconds, longer than the 2.900 left; try again in ")
         assert not other.done()  # of another caller, and served before most
         extractor.reading.open()
-        assert await scores([*held, *waiting, patient]) == [100, 101, 1, 2, 3, 6]
+        assert await scores([*held, *waiting, patient]) == [*HELD, 1, 2, 3, 6]
         assert (await refusal(other)).status is grpc.StatusCode.DEADLINE_EXCEEDED
     assert 4 not in extractor.read_images
 
 
 async def test_an_image_that_cannot_be_decoded_fails_alone(extractor: Extractor) -> None:
-    async with busy_decoders(extractor) as (batcher, held):
-        broken, whole = await begun([batcher.inspect(active(extractor), i) for i in (EncodedImage(b""), image(1))])
+    async with busy_threads(extractor) as (batcher, held):
+        broken, whole = await begun(
+            [batcher.inspect(active(extractor), i, as_it_is) for i in (EncodedImage(b""), image(1))]
+        )
         extractor.reading.open()
         with pytest.raises(ImageError, match="image is empty"):
             await asyncio.wait_for(broken, SECONDS)
-        assert await scores([*held, whole]) == [100, 101, 1]
+        assert await scores([*held, whole]) == [*HELD, 1]
 
 
 async def test_an_error_of_the_computation_reaches_all_of_the_batch_and_no_others(extractor: Extractor) -> None:
     extractor.computing.close()
     async with started(extractor, max_batch=4) as batcher:
-        first = await begun([batcher.inspect(active(extractor), image(0))])
+        first = await begun([batcher.inspect(active(extractor), image(0), as_it_is)])
         await extractor.computing.come(1)
-        batch = await begun([batcher.inspect(active(extractor), image(number)) for number in range(1, 5)])
-        await extractor.reading.come(5)
+        batch = await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in range(1, 5)])
+        await extractor.reading.come(4)
         extractor.fails = True
         extractor.computing.open()
         for task in first + batch:
             with pytest.raises(RuntimeError, match="out of memory"):
                 await asyncio.wait_for(task, SECONDS)
         extractor.fails = False
-        assert await scores(await begun([batcher.inspect(active(extractor), image(9))])) == [9]
+        assert await scores(await begun([batcher.inspect(active(extractor), image(9), as_it_is)])) == [9]
     assert [len(b) for b in extractor.batches] == [1, 4, 1]
+
+
+async def test_an_error_of_one_backbone_or_scorer_reaches_its_own_images_alone(extractor: Extractor) -> None:
+    def fail(_features: Tensor) -> list[Inspection]:
+        raise RuntimeError("out of memory")
+
+    other, broken = Extractor(), active(extractor)
+    other.fails = True
+    cast(Any, broken.scorer).inspect_features = fail
+    actives = [active(extractor), active(other), broken]
+    extractor.computing.close()
+    async with started(extractor, other, max_batch=16) as batcher:
+        first = await begun([batcher.inspect(actives[0], image(0), as_it_is)])
+        await extractor.computing.come(1)
+        others = await begun([batcher.inspect(actives[number % 3], image(number), as_it_is) for number in range(1, 9)])
+        extractor.computing.open()
+        assert await scores([*first, others[2], others[5]]) == [0, 3, 6]
+        for number in (1, 2, 4, 5, 7, 8):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                await asyncio.wait_for(others[number - 1], SECONDS)
 
 
 async def test_stopping_finishes_what_is_accepted(extractor: Extractor) -> None:
     before = set(threading.enumerate())
-    async with busy_decoders(extractor) as (batcher, held):
-        waiting = await begun([batcher.inspect(active(extractor), image(number)) for number in range(10)])
+    async with busy_threads(extractor) as (batcher, held):
+        waiting = await begun([batcher.inspect(active(extractor), image(number), as_it_is) for number in range(10)])
         threads = set(threading.enumerate()) - before
-    assert await scores(held + waiting) == [100, 101, *range(10)]
-    mine = [thread for thread in threads if thread.name.startswith(("decode", "compute"))]
-    assert len(mine) == 3
+    assert await scores(held + waiting) == [*HELD, *range(10)]
+    mine = [thread for thread in threads if thread.name.startswith("inspect-")]
+    assert len(mine) == THREADS
     assert not any(thread.is_alive() for thread in mine)
 
 
 async def test_room_is_told_of_when_an_inspection_is_done(extractor: Extractor) -> None:
-    async with busy_decoders(extractor) as (batcher, held):
+    async with busy_threads(extractor) as (batcher, held):
         waiting = asyncio.create_task(batcher.room(None))
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -415,9 +735,9 @@ async def test_the_wait_and_the_computation_are_timed(extractor: Extractor, cloc
         clock.now += 3
 
     extractor.on_compute = pass_time
-    async with busy_decoders(extractor, max_batch=1, max_delay=0) as (_batcher, held):
+    async with busy_threads(extractor, max_batch=1, max_delay=0) as (_batcher, held):
         clock.now += 7
         extractor.reading.open()
         results = await asyncio.wait_for(asyncio.gather(*held), SECONDS)
-    assert sorted(result.queue_seconds for result in results) == [7, 10]
-    assert [result.compute_seconds for result in results] == [3, 3]
+    assert sorted(result.queue_seconds for result in results) == [7, 10, 13]
+    assert [result.compute_seconds for result in results] == [3, 3, 3]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from feddymem import distances
-from feddymem.distances import nearest_items, squared_distances
+from feddymem.distances import nearest_items, squared_distances, squared_lengths
 
 Points = NDArray[np.float32]
 ROWS = (1, 3, 20, 100)
@@ -40,3 +40,15 @@ def test_distances_of_points_far_from_the_origin_to_themselves_are_never_negativ
     points = torch.full((4, 3), 1e4) + torch.arange(4)[:, None]
     assert (squared_distances(points, (points * points).sum(1), points) >= 0).all()
     assert (nearest_items(points, points)[0] >= 0).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_squared_lengths_are_the_same_in_parts_of_any_size(rows: int) -> None:
+    points, _, _ = points_and_items()
+    with mock.patch.object(distances, "_ROWS", rows):
+        found = squared_lengths(torch.from_numpy(points))
+    np.testing.assert_allclose(found.numpy(), (points.astype(np.float64) ** 2).sum(1), rtol=1e-6)
+
+
+def test_squared_lengths_of_no_points_are_none() -> None:
+    assert squared_lengths(torch.zeros(0, 5)).shape == (0,)

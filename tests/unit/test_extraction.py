@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from feddymem import extraction
 from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import DatasetError
-from feddymem.extraction import extract
+from feddymem.extraction import extract, features_of
 from feddymem.images import decode_file
+from feddymem.threads import team, workers
 
 
 def images(folder: Path, count: int) -> list[Path]:
@@ -74,10 +78,27 @@ def test_no_files_at_all_are_refused(tmp_path: Path, small: FeatureExtractor) ->
         extract([], small, tmp_path / "patches")
 
 
+def test_files_are_decoded_and_computed_by_as_many_threads_as_leave_no_core_idle(
+    tmp_path: Path, small: FeatureExtractor
+) -> None:
+    with team(8), mock.patch.object(extraction, "ThreadPoolExecutor", wraps=ThreadPoolExecutor) as pool:
+        extract(images(tmp_path, 1), small, tmp_path / "patches")
+    assert pool.call_args.args == (6,)
+
+
+def test_files_are_not_read_far_ahead_of_who_takes_their_features(tmp_path: Path, small: FeatureExtractor) -> None:
+    paths = images(tmp_path, 1) * 200
+    with mock.patch.object(small, "read_file", wraps=small.read_file) as read:
+        features = features_of(paths, small, 1)
+        next(features)
+        features.close()
+    assert read.call_count <= 2 * workers() + 1
+
+
 def test_progress_counts_skipped_files_too(tmp_path: Path, small: FeatureExtractor) -> None:
     paths, told = [broken(tmp_path), *images(tmp_path, 5)], list[tuple[str, int, int]]()
     extract(paths, small, tmp_path / "patches", batch_size=2, progress=lambda *step: told.append(step))
-    assert told == [("features", 3, 6), ("features", 5, 6), ("features", 6, 6)]
+    assert told == [("features", 2, 6), ("features", 4, 6), ("features", 6, 6)]
 
 
 def test_an_earlier_file_of_features_is_replaced(tmp_path: Path, small: FeatureExtractor) -> None:

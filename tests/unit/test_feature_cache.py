@@ -30,13 +30,13 @@ def paths(tmp_path: Path) -> list[Path]:
 def passes(small: FeatureExtractor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Images of each pass of the backbone."""
     counts: list[int] = []
-    maps = small.feature_maps
+    features = small._features
 
     def counted(pixels: Tensor) -> Tensor:
         counts.append(len(pixels))
-        return maps(pixels)
+        return features(pixels)
 
-    monkeypatch.setattr(small, "feature_maps", counted)
+    monkeypatch.setattr(small, "_features", counted)
     return counts
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import numpy as np
 import pytest
 from PIL import Image
 
-from feddymem import scoring
+from feddymem import maps, scoring
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
-from feddymem.scoring import Region, anomaly_map
+from feddymem.maps import MapKind, Region, anomaly_map
 from services.inference import inspector as inspector_module
 from services.inference.batcher import Batcher, Scored
-from services.inference.inspector import Inspection, Inspector, MapKind, Result
+from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.registry import Active, Registry
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
@@ -32,6 +32,7 @@ SCORE, HEIGHT, WIDTH = 2.5, 40, 60
 FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
 DISTANCES = np.zeros((4, 4), np.float32)
 DISTANCES[0, 3] = 9
+Made = TypeVar("Made")
 
 
 class FakeRegistry:
@@ -47,9 +48,7 @@ class FakeRegistry:
 
 
 class FakeBatcher:
-    """Answers with what is in `answers`, the last of them for ever."""
-
-    queue_size = 4
+    """Answers with what is in `answers`, the last of them for ever, made into a result in another thread."""
 
     def __init__(self) -> None:
         scored = Scored(scoring.Inspection(SCORE, DISTANCES), HEIGHT, WIDTH, queue_seconds=0.5, compute_seconds=0.25)
@@ -58,17 +57,19 @@ class FakeBatcher:
         self.changes = Changes()
         self.waiting = asyncio.Event()
 
-    def notify_room(self) -> None:
-        self.changes.notify()
-
     async def inspect(
-        self, active: Active, image: EncodedImage | RawImage, caller: str = "", seconds_left: float | None = None
-    ) -> Scored:
+        self,
+        active: Active,
+        image: EncodedImage | RawImage,
+        finish: Callable[[Scored], Made],
+        caller: str = "",
+        seconds_left: float | None = None,
+    ) -> Made:
         self.asked.append((image, caller, seconds_left))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return await asyncio.to_thread(finish, answer)
 
     async def room(self, seconds: float | None) -> None:
         self.waiting.set()
@@ -87,10 +88,8 @@ class Core:
 
 
 @pytest.fixture
-def core() -> Iterator[Core]:
-    core = Core()
-    yield core
-    core.inspector.close()
+def core() -> Core:
+    return Core()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ async def test_the_result_has_what_was_asked_for_and_nothing_else(
 async def test_regions_are_those_of_the_map_in_pixels_of_the_image(core: Core) -> None:
     [region] = (await core.result(pixel_threshold=4.0)).regions
     pixels = anomaly_map(DISTANCES, (SPACE.input_size, SPACE.input_size))
-    expected = scoring.regions(pixels, 4.0, (HEIGHT, WIDTH))
+    expected = maps.regions(pixels, 4.0, (HEIGHT, WIDTH))
     assert (region,) == expected
     assert isinstance(region, Region)
     assert (region.top, region.left + region.width) == (0, WIDTH)
@@ -163,19 +162,39 @@ async def test_the_png_has_the_size_of_the_image(core: Core) -> None:
     assert (result.height, result.width) == (HEIGHT, WIDTH)
 
 
-@pytest.mark.parametrize("wanted", [{"map_kind": "png"}, {"map_kind": "float32"}, {"pixel_threshold": 1.0}])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("anomaly_map", {"map_kind": "float32"}),
+        ("anomaly_map", {"map_kind": "png"}),
+        ("heatmap_png", {"map_kind": "png"}),
+        ("anomaly_map", {"pixel_threshold": 1.0}),
+        ("regions", {"pixel_threshold": 1.0}),
+    ],
+)
 async def test_the_event_loop_does_not_draw(
-    core: Core, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    core: Core, name: str, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = []
+    """The batcher's threads do, for it is the batcher that has the result made."""
+    threads, draw = [], getattr(inspector_module, name)
 
     def noted(*args: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return anomaly_map(*args)
+        threads.append(threading.current_thread())
+        return draw(*args)
 
-    monkeypatch.setattr(inspector_module, "anomaly_map", noted)
+    monkeypatch.setattr(inspector_module, name, noted)
     await core.result(**wanted)
-    assert threads == ["draw_0"]
+    [thread] = threads
+    assert thread is not threading.main_thread()
+
+
+async def test_what_goes_wrong_in_drawing_reaches_the_caller(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise MemoryError("map")
+
+    monkeypatch.setattr(inspector_module, "anomaly_map", fail)
+    with pytest.raises(MemoryError, match="map"):
+        await core.result(map_kind="png")
 
 
 async def test_the_result_says_what_scored_and_how_long_it_took(core: Core) -> None:

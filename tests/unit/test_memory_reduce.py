@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
@@ -252,6 +254,25 @@ def test_the_bank_is_the_same_for_the_same_arguments() -> None:
     np.testing.assert_array_equal(first.items, second.items)
     np.testing.assert_array_equal(first.weights, second.weights)
     np.testing.assert_array_equal(first.spreads, second.spreads)
+
+
+@pytest.mark.parametrize("with_known", [False, True])
+def test_a_block_is_let_go_before_the_next_is_read(with_known: bool) -> None:
+    held: list[weakref.ref[Points]] = []
+
+    def block() -> Tensor:
+        values = images(2, seed=len(held))
+        held.append(weakref.ref(values))
+        return torch.from_numpy(values)
+
+    def blocks() -> Iterator[Tensor]:
+        for _ in range(4):
+            assert not [ref for ref in held if ref() is not None]
+            yield block()
+
+    source = mock.Mock(images=8, patches_per_image=16, channels=6, blocks=blocks)
+    reduce(source, 10, known=bank_of(images(1, seed=9)[0]) if with_known else None)
+    assert len(held) == 2 * 4
 
 
 def test_progress_is_told_of_every_block_of_both_passes() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from feddymem import runtimes
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.network import EMBEDDED_BACKBONE
-from feddymem.runtimes import FeatureMaps, Precision, RuntimeName, compiled
+from feddymem.openvino_runtime import openvino
+from feddymem.runtimes import Compute, Precision, RuntimeName, compiled
 
 SIDE = 32
 SECONDS = 60
@@ -63,8 +64,8 @@ def pixels(count: int, side: int = SIDE) -> Tensor:
     return 255 * torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
 
 
-def by_openvino(network: nn.Module, key: str = "network", runtime: RuntimeName = "openvino") -> FeatureMaps:
-    return compiled(network, SIDE, key, runtime, "float32", CPU)
+def by_openvino(network: nn.Module, key: str = "network", runtime: RuntimeName = "openvino") -> Compute:
+    return compiled(network, SIDE, key, runtime, "float32", CPU).network
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -162,9 +163,7 @@ def test_every_runtime_gives_the_features_of_torch(
 @pytest.mark.parametrize("backbone", [EMBEDDED_BACKBONE, "resnet18"])
 def test_bfloat16_moves_features_and_not_far(backbone: str, runtime: RuntimeName, extractors: Extractors) -> None:
     """Measured: 3 % of the largest feature at most."""
-    if runtime == "openvino" and "BF16" not in runtimes._openvino().Core().get_property(
-        "CPU", "OPTIMIZATION_CAPABILITIES"
-    ):
+    if runtime == "openvino" and "BF16" not in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16; OpenVINO computes in float32")
     images = pixels(3, 64)
     expected = extractors(backbone, "torch", input_size=64)(images)
@@ -225,7 +224,7 @@ def test_openvino_on_a_gpu_is_refused(device: str) -> None:
 
 NOT_FOR_OPENVINO = [
     pytest.param(NotExportable, "Could not guard|data-dependent|export", id="cannot be exported"),
-    pytest.param(Antialiased, "its feature maps differ from torch's by", id="would give other numbers"),
+    pytest.param(Antialiased, "its output differs from torch's by", id="would give other numbers"),
 ]
 
 
@@ -337,7 +336,7 @@ from pathlib import Path
 import torch
 from feddymem.runtimes import compiled
 network = torch.nn.Conv2d(3, 4, 3).requires_grad_(False)
-maps = compiled(network, 32, "network", "openvino", "float32", torch.device("cpu"))
+maps = compiled(network, 32, "network", "openvino", "float32", torch.device("cpu")).network
 maps(torch.zeros(1, 3, 32, 32))
 print([name for name in sys.modules if "openvino_telemetry." in name], os.listdir(Path.home()))
 """

@@ -18,8 +18,10 @@ from torch.nn import functional
 from feddymem.backbone import FeatureExtractor
 from feddymem.generator import MemoryGenerator
 from feddymem.images import Pixels, decode
+from feddymem.maps import Region, anomaly_map, heatmap_png, regions
 from feddymem.memory import MemoryBank
-from feddymem.scoring import Region, Scorer, anomaly_map, heatmap_png, of_one_origin, regions
+from feddymem.scoring import Scorer, of_one_origin
+from feddymem.search import screen_by_torch
 from tests.feature_spaces import SPACE
 
 GRID, CHANNELS = 4, 2
@@ -27,15 +29,15 @@ GRIDS = hnp.arrays(np.float32, (6, 6), elements=st.floats(0, 10, width=16))
 
 
 def first_colours(pixels: torch.Tensor) -> torch.Tensor:
-    """Feature maps that are the first two colours."""
-    return functional.avg_pool2d(pixels[:, :CHANNELS], 8)
+    """Features that are the first two colours."""
+    return functional.avg_pool2d(pixels[:, :CHANNELS], 8).flatten(2).transpose(1, 2)
 
 
 def small_extractor() -> FeatureExtractor:
     space = dataclasses.replace(
         SPACE, reductions=(8,), layers=(2,), pooling=1, context_weight=0.0, border_weight=1.0, channels=CHANNELS
     )
-    return FeatureExtractor(space, first_colours, torch.device("cpu"))
+    return FeatureExtractor(space, first_colours, screen_by_torch, torch.device("cpu"))
 
 
 def heatmap(pixels: NDArray[np.float32], typical_distance: float) -> Pixels:

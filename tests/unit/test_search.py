@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -14,21 +13,33 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from feddymem import search
-from feddymem.search import NearestItems
+from feddymem.openvino_runtime import OpenVINOScreen, openvino
+from feddymem.search import BLOCK, NearestItems, Screen, screen_by_torch
 
 Points = NDArray[np.float32]
 Origins = NDArray[np.bool_]
 Squared = NDArray[np.float64]
 
-SCREENS = [torch.float32, torch.bfloat16]
-CHOSEN_SCREEN = search._screen_dtype
+SCREENS: dict[str, Screen] = {"torch": screen_by_torch, "openvino": OpenVINOScreen()}
+CHOSEN_TYPE = search._screen_dtype
 
 
-@pytest.fixture(params=SCREENS, ids=str, autouse=True)
-def screen(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str, autouse=True)
+def screen_type(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """What the first look is computed in, whatever this machine would choose."""
     with mock.patch.object(search, "_screen_dtype", return_value=request.param):
         yield request.param
+
+
+@pytest.fixture(params=SCREENS, autouse=True)
+def screen(request: pytest.FixtureRequest, screen_type: torch.dtype) -> Iterator[Screen]:
+    """What computes the first look."""
+    if (request.param, screen_type) == ("openvino", torch.bfloat16):
+        capabilities = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in capabilities:
+            pytest.skip("this processor does not compute in bfloat16")
+    with mock.patch.dict(SCREENS, {"": SCREENS[request.param]}):
+        yield SCREENS[request.param]
 
 
 def by_comparison(patches: Points, items: Points, origins: Origins) -> Squared:
@@ -41,7 +52,7 @@ def by_comparison(patches: Points, items: Points, origins: Origins) -> Squared:
 
 
 def by_search(patches: Points, items: Points, origins: Origins) -> NDArray[np.float32]:
-    found = NearestItems(torch.from_numpy(items), torch.from_numpy(origins))(torch.from_numpy(patches))
+    found = NearestItems(torch.from_numpy(items), torch.from_numpy(origins), SCREENS[""])(torch.from_numpy(patches))
     return np.asarray(found.numpy())
 
 
@@ -166,21 +177,21 @@ def test_items_of_other_origins_do_not_count() -> None:
 
 @pytest.mark.parametrize("step", [16, 48, 4096])
 @pytest.mark.parametrize("patches_at_once", [1, 7, 1000])
-def test_patches_and_items_may_be_looked_at_in_parts(step: int, patches_at_once: int, screen: torch.dtype) -> None:
+def test_patches_and_items_may_be_looked_at_in_parts(step: int, patches_at_once: int, screen_type: torch.dtype) -> None:
     rng = np.random.default_rng(0)
     patches, items = (rng.normal(size=(count, 9)).astype(np.float32) for count in (50, 130))
     origins = some_origins(rng, 130, 5)
     rows = len(search._in_blocks(origins).items)
-    held = patches_at_once * rows * torch.finfo(screen).bits // 8
+    held = patches_at_once * rows * torch.finfo(screen_type).bits // 8
     with mock.patch.object(search, "_STEP", step), mock.patch.object(search, "_SCREEN_BYTES", held):
         assert_nearest(patches, items, origins)
 
 
-def test_no_more_is_held_at_once_than_allowed(screen: torch.dtype) -> None:
+def test_no_more_is_held_at_once_than_allowed(screen: Screen, screen_type: torch.dtype) -> None:
     rng = np.random.default_rng(0)
     patches, items = (rng.normal(size=(count, 9)).astype(np.float32) for count in (50, 128))
-    nearest = NearestItems(torch.from_numpy(items), torch.from_numpy(of_all(items)))
-    allowed = 128 * 7 * torch.finfo(screen).bits // 8
+    nearest = NearestItems(torch.from_numpy(items), torch.from_numpy(of_all(items)), screen)
+    allowed = 128 * 7 * torch.finfo(screen_type).bits // 8
     held: list[int] = []
 
     def noted(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,12 +223,11 @@ def test_every_item_is_in_the_blocks_of_its_origins_and_in_no_others(seed: int, 
     kinds = some_origins(rng, 1 + items // 20, count)  # so that some items have the same origins
     origins = kinds[rng.integers(0, len(kinds), items)]
     blocks = search._in_blocks(origins)
-    of_block = blocks.items.reshape(-1, search._BLOCK)
-    assert len(blocks.of_origin) == origins.any(0).sum()
-    for mine, numbers in zip(origins.T[origins.any(0)], blocks.of_origin, strict=True):
-        assert all(first < second for first, second in itertools.pairwise(numbers.tolist()))
-        rows = of_block[numbers].ravel()
-        assert sorted(rows[rows >= 0].tolist()) == np.flatnonzero(mine).tolist()
+    origins_of_row = np.repeat(blocks.origins, np.array(blocks.sizes) * BLOCK, axis=0)
+    assert len(origins_of_row) == len(blocks.items)
+    for mine, rows in zip(origins.T, origins_of_row.T, strict=True):
+        held = blocks.items[rows]
+        assert sorted(held[held >= 0].tolist()) == np.flatnonzero(mine).tolist()
 
 
 def test_items_of_the_same_origins_are_held_once() -> None:
@@ -234,5 +244,5 @@ def test_the_screen_is_in_bfloat16_where_the_processor_computes_with_it(
     capabilities: dict[str, bool], chosen: torch.dtype
 ) -> None:
     with mock.patch("torch.cpu.get_capabilities", return_value=capabilities):
-        assert CHOSEN_SCREEN(torch.device("cpu")) == chosen
-        assert CHOSEN_SCREEN(torch.device("cuda")) == torch.bfloat16
+        assert CHOSEN_TYPE(torch.device("cpu")) == chosen
+        assert CHOSEN_TYPE(torch.device("cuda")) == torch.bfloat16
