@@ -7,6 +7,7 @@ do to the screen is bounded, so that no nearest item is lost: the outcome is tha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 BLOCK = 16
 """Items whose least screened distance decides whether any of them is looked at."""
-_SCREEN_BYTES = 64 * 2**20
+_SCREEN_BYTES = 48 * 2**20
 """Bound of the screened distances that are held at once."""
-_STEP = 8192
+_STEP = 4096
 """Items screened at a time, so that their distances are still in a cache when the least of a block is taken."""
 _PAIRS = 2**18
 """Bound of the pairs of a patch and an item that are looked at together, 300 MiB at 152 channels; with that many, which
@@ -30,6 +31,8 @@ _ROUNDING = {torch.float32: 0.0, torch.bfloat16: 0.51 * torch.finfo(torch.bfloat
 """How far a row moves when it is stored, at most, as a share of its stored length."""
 _FAR = 1e38
 """Squared length of a row that pads a block: never nearest."""
+
+_held = threading.local()
 
 Screen = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Multiplies items, (blocks * BLOCK, c), with patches, (n, c), into squared distances, (blocks * BLOCK, n), and takes
@@ -126,7 +129,7 @@ class NearestItems:
 
     def _screened(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Bits of the screened distances, (blocks, BLOCK, n), and of the least of each block, (blocks, n)."""
-        distances = query.new_empty(len(self._screen), len(query))
+        distances = _scratch(len(self._screen), query)
         least = query.new_empty(len(self._screen) // BLOCK, len(query))
         for start in range(0, len(distances), _STEP):
             rows, blocks = slice(start, start + _STEP), slice(start // BLOCK, (start + _STEP) // BLOCK)
@@ -153,6 +156,19 @@ def screen_by_torch(items: Tensor, query: Tensor, distances: Tensor, least: Tens
     """See `Screen`."""
     torch.mm(items, query.T, out=distances)
     torch.amin(_bits(distances).view(-1, BLOCK, len(query)), 1, out=_bits(least))
+
+
+def _scratch(rows: int, query: Tensor) -> Tensor:
+    """Room for the distances of items and patches, (rows, n); a thread has the same each time.
+
+    Memory of that size is the kernel's anew otherwise, and to get it takes a third of the search among 65,536 items.
+    """
+    key = f"{query.device} {query.dtype}"
+    held: Tensor | None = _held.__dict__.get(key)
+    if held is None or held.numel() < rows * len(query):
+        with torch.inference_mode(False):  # so that it can be written to in and out of that mode
+            held = _held.__dict__[key] = torch.empty(rows * len(query), dtype=query.dtype, device=query.device)
+    return held[: rows * len(query)].view(rows, len(query))
 
 
 def _screen_dtype(device: torch.device) -> torch.dtype:
