@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import queue
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,14 +52,14 @@ class OpenVINONetwork:
 
 
 class OpenVINOScreen:
-    """`feddymem.search.Screen` by OpenVINO."""
+    """`feddymem.search.Screen` by OpenVINO, for tensors of one type: bfloat16 or float32."""
 
-    def __init__(self) -> None:
-        self._requests = {hint: _Requests(_screen(hint), hint) for hint in _HINTS.values()}
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._requests = _Requests(_screen(_HINTS[dtype]), _HINTS[dtype])
 
     def __call__(self, items: Tensor, query: Tensor, distances: Tensor, least: Tensor) -> None:
         """See `feddymem.search.Screen`."""
-        with self._requests[_HINTS[query.dtype]].one() as request:
+        with self._requests.one() as request:
             for number, tensor in enumerate((items, query)):
                 request.set_input_tensor(number, _shared(tensor))
             for number, tensor in enumerate((distances, least)):
@@ -75,26 +74,18 @@ class _Requests:
     """
 
     def __init__(self, model: object, hint: Hint) -> None:
-        self._model, self._hint, self._threads = model, hint, torch.get_num_threads()
-        self._left = computing_at_once()
         self._free: queue.LifoQueue[Any] = queue.LifoQueue()  # the one used last is in the caches
-        self._making = threading.Lock()
+        for _ in range(computing_at_once()):
+            self._free.put(_request(model, hint))
 
     @contextmanager
     def one(self) -> Iterator[Any]:
         """A request that nobody else has meanwhile."""
-        request = self._take()
+        request = self._free.get()
         try:
             yield request
         finally:
             self._free.put(request)
-
-    def _take(self) -> Any:  # noqa: ANN401 - OpenVINO is imported late
-        with self._making:
-            if self._free.empty() and self._left:
-                self._left -= 1
-                return _request(self._model, self._hint, self._threads)
-        return self._free.get()
 
 
 @cache
@@ -102,11 +93,11 @@ def _core() -> Any:  # noqa: ANN401 - OpenVINO is imported late
     return openvino().Core()
 
 
-def _request(model: object, hint: Hint, threads: int) -> Any:  # noqa: ANN401 - OpenVINO is imported late
+def _request(model: object, hint: Hint) -> Any:  # noqa: ANN401 - OpenVINO is imported late
     options = {
         "INFERENCE_PRECISION_HINT": hint,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # Pinned threads wait for their core while another is free, and two services on a machine pin the same ones.
         "ENABLE_CPU_PINNING": False,
     }

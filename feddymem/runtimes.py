@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from feddymem.folders import cache_folder
 from feddymem.openvino_runtime import OpenVINONetwork, OpenVINOScreen, openvino
-from feddymem.search import Screen, screen_by_torch
+from feddymem.search import Screen, screen_by_torch, screen_dtype
 from feddymem.threads import team
 
 RuntimeName = Literal["auto", "torch", "openvino"]
@@ -69,9 +69,8 @@ def compiled(
     if runtime == "torch" or device.type != "cpu":
         return _by_torch(network, precision, device)
     try:
-        return Runtime(
-            OpenVINONetwork(_graph(network, side, key), "f32" if precision == "float32" else "bf16"), OpenVINOScreen()
-        )
+        compute = OpenVINONetwork(_graph(network, side, key), "f32" if precision == "float32" else "bf16")
+        return Runtime(compute, OpenVINOScreen(screen_dtype(device)))
     except RuntimeError as error:  # of torch's export, of OpenVINO, or of the comparison
         if runtime == "openvino":
             raise ValueError(f"runtime 'openvino' cannot run this backbone; use 'torch': {error}") from error

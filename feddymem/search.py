@@ -92,7 +92,7 @@ class NearestItems:
         self._sizes = blocks.sizes
         self._origins = torch.from_numpy(blocks.origins[:, blocks.origins.any(0)]).to(items.device)
         self._group = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes)).to(items.device)
-        self._dtype, self._compute = _screen_dtype(items.device), screen
+        self._dtype, self._compute = screen_dtype(items.device), screen
         rounded = self._items.to(self._dtype)
         stored = rounded.float()
         squares = (stored * stored).sum(1).masked_fill(pads, _FAR)
@@ -171,7 +171,7 @@ def _scratch(rows: int, query: Tensor) -> Tensor:
     return held[: rows * len(query)].view(rows, len(query))
 
 
-def _screen_dtype(device: torch.device) -> torch.dtype:
+def screen_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware computes with it; elsewhere it would be slower than float32."""
     if device.type == "cuda":
         # The bound holds for sums in float32, which torch does not promise on CUDA unless told to.

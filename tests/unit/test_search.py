@@ -20,26 +20,27 @@ Points = NDArray[np.float32]
 Origins = NDArray[np.bool_]
 Squared = NDArray[np.float64]
 
-SCREENS: dict[str, Screen] = {"torch": screen_by_torch, "openvino": OpenVINOScreen()}
-CHOSEN_TYPE = search._screen_dtype
+SCREENS: dict[str, Screen] = {}
+CHOSEN_TYPE = search.screen_dtype
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str, autouse=True)
 def screen_type(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """What the first look is computed in, whatever this machine would choose."""
-    with mock.patch.object(search, "_screen_dtype", return_value=request.param):
+    with mock.patch.object(search, "screen_dtype", return_value=request.param):
         yield request.param
 
 
-@pytest.fixture(params=SCREENS, autouse=True)
+@pytest.fixture(params=["torch", "openvino"], autouse=True)
 def screen(request: pytest.FixtureRequest, screen_type: torch.dtype) -> Iterator[Screen]:
     """What computes the first look."""
     if (request.param, screen_type) == ("openvino", torch.bfloat16):
         capabilities = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in capabilities:
             pytest.skip("this processor does not compute in bfloat16")
-    with mock.patch.dict(SCREENS, {"": SCREENS[request.param]}):
-        yield SCREENS[request.param]
+    computed = screen_by_torch if request.param == "torch" else OpenVINOScreen(screen_type)
+    with mock.patch.dict(SCREENS, {"": computed}):
+        yield computed
 
 
 def by_comparison(patches: Points, items: Points, origins: Origins) -> Squared:
