@@ -18,10 +18,11 @@ from torch import Tensor
 
 BLOCK = 16
 """Items whose least screened distance decides whether any of them is looked at."""
-_SCREEN_BYTES = 48 * 2**20
+_SCREEN_BYTES = 128 * 2**20
 """Bound of the screened distances that are held at once."""
-_STEP = 4096
-"""Items screened at a time, so that their distances are still in a cache when the least of a block is taken."""
+_STEP = 2048
+"""Items screened at a time, at most, so that their distances are still in a cache when the least of a block is taken.
+"""
 _PAIRS = 2**18
 """Bound of the pairs of a patch and an item that are looked at together, 300 MiB at 152 channels; with that many, which
 equal items or one that is much longer than the rest can make, patches are taken in smaller parts."""
@@ -97,13 +98,14 @@ class NearestItems:
         stored = rounded.float()
         squares = (stored * stored).sum(1).masked_fill(pads, _FAR)
         self._screen = torch.cat([-2 * rounded, _parts(squares, self._dtype), _ones(rounded)], 1)
+        self._starts, self._step = _even_steps(len(self._screen) // BLOCK, _STEP // BLOCK)
         self._rounding = (self._items - stored).norm(dim=1).max()
         self._largest = squares[~pads].max()
 
     def __call__(self, patches: Tensor) -> Tensor:
         """(n, channels) float32 patches to (origins, n) float32 squared distances."""
-        step = max(1, _SCREEN_BYTES // (len(self._screen) * self._screen.element_size()))
-        return torch.cat([self._nearest(self._query(some)) for some in torch.split(patches, step)], 1)
+        parts = -(-len(patches) * len(self._screen) * self._screen.element_size() // _SCREEN_BYTES)
+        return torch.cat([self._nearest(self._query(some)) for some in patches.chunk(max(1, parts))], 1)
 
     def _query(self, patches: Tensor) -> _Query:
         rounded = patches.to(self._dtype)
@@ -131,9 +133,9 @@ class NearestItems:
         """Bits of the screened distances, (blocks, BLOCK, n), and of the least of each block, (blocks, n)."""
         distances = _scratch(len(self._screen), query)
         least = query.new_empty(len(self._screen) // BLOCK, len(query))
-        for start in range(0, len(distances), _STEP):
-            rows, blocks = slice(start, start + _STEP), slice(start // BLOCK, (start + _STEP) // BLOCK)
-            self._compute(self._screen[rows], query, distances[rows], least[blocks])
+        for start in self._starts:
+            rows = slice(start * BLOCK, (start + self._step) * BLOCK)
+            self._compute(self._screen[rows], query, distances[rows], least[start : start + self._step])
         return _bits(distances).view(-1, BLOCK, len(query)), _bits(least)
 
     def _limits(self, query: _Query, least: Tensor) -> Tensor:
@@ -156,6 +158,16 @@ def screen_by_torch(items: Tensor, query: Tensor, distances: Tensor, least: Tens
     """See `Screen`."""
     torch.mm(items, query.T, out=distances)
     torch.amin(_bits(distances).view(-1, BLOCK, len(query)), 1, out=_bits(least))
+
+
+def _even_steps(count: int, largest: int) -> tuple[list[int], int]:
+    """Where steps start that together have all blocks, and how many blocks each of them has.
+
+    All have as many, the last one overlaps, because runtimes prepare anew for a product of another shape.
+    """
+    steps = -(-count // largest)
+    size = -(-count // steps)
+    return [min(number * size, count - size) for number in range(steps)], size
 
 
 def _scratch(rows: int, query: Tensor) -> Tensor:
