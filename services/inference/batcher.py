@@ -116,6 +116,16 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
+    def admit(self, caller: str, seconds_left: float | None) -> None:
+        """Refuses what `inspect` would refuse now, so that an image without a chance need not even be received.
+
+        Raises:
+            Refusal: as that of `inspect`.
+        """
+        self._require_time(caller, seconds_left)
+        if not self._waiting.admits(caller):
+            raise self._full()
+
     async def inspect(
         self,
         active: Active,
@@ -138,12 +148,11 @@ class Batcher:
                 to try again; DEADLINE_EXCEEDED where time ran out.
             ImageError: the image cannot be decoded.
         """
-        wait = self._waiting.ahead(caller) * self._seconds_per_image
-        if seconds_left is not None and wait >= seconds_left:
+        try:
+            self._require_time(caller, seconds_left)
+        except Refusal:
             self.notify_room()  # whoever was told of room and comes too late leaves it to the next
-            if seconds_left <= 0:
-                raise _late()
-            raise self._full(f"images wait for about {wait:.3f} seconds, longer than the {seconds_left:.3f} left")
+            raise
         now = time.monotonic()
         expires = None if seconds_left is None else now + seconds_left
         job = _Job[Result](active, image, finish, now, expires, Future())
@@ -151,7 +160,7 @@ class Batcher:
         job.result.add_done_callback(lambda _result: self._leave(job))
         refused = self._waiting.put(job, caller)
         if refused is not None:
-            full = self._full(f"{self.queue_size} inspections are waiting, as many as are allowed")
+            full = self._full()
             if refused is job:  # nothing has changed for those who wait for room
                 job.result.cancel()
                 raise full
@@ -184,7 +193,7 @@ class Batcher:
             Refusal: RESOURCE_EXHAUSTED where as many wait here as are allowed.
         """
         if len(self._for_room) >= _FOR_ROOM:
-            raise self._full(f"{len(self._for_room)} images of streams wait for room, as many as are allowed")
+            raise self._exhausted(f"{len(self._for_room)} images of streams wait for room, as many as are allowed")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._for_room.append(waiter)
         try:
@@ -208,7 +217,18 @@ class Batcher:
                 waiter.set_result(None)
                 return
 
-    def _full(self, text: str) -> Refusal:
+    def _require_time(self, caller: str, seconds_left: float | None) -> None:
+        wait = self._waiting.ahead(caller) * self._seconds_per_image
+        if seconds_left is None or wait < seconds_left:
+            return
+        if seconds_left <= 0:
+            raise _late()
+        raise self._exhausted(f"images wait for about {wait:.3f} seconds, longer than the {seconds_left:.3f} left")
+
+    def _full(self) -> Refusal:
+        return self._exhausted(f"{self.queue_size} inspections are waiting, as many as are allowed")
+
+    def _exhausted(self, text: str) -> Refusal:
         wait = max(0.01, len(self._waiting) * self._seconds_per_image)
         return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{text}; try again in {wait:.2f} seconds")
 

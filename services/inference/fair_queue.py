@@ -40,20 +40,30 @@ class FairQueue(Generic[Item]):
                     ahead += min(len(items), turns)
             return ahead
 
+    def admits(self, caller: str) -> bool:
+        """Whether there is, or would be made, room for another item of a caller."""
+        with self._changed:
+            return self._count < self._size or self._greedier(caller) is not None
+
     def put(self, item: Item, caller: str) -> Item | None:
         """Adds an item; what is refused for it: the item itself, unless another caller has more waiting even then."""
         with self._changed:
             refused = None
             if self._count >= self._size:
-                greediest = max(self._waiting, key=lambda name: len(self._waiting[name]))
-                if len(self._waiting[greediest]) <= len(self._waiting.get(caller, ())) + 1:
+                greedier = self._greedier(caller)
+                if greedier is None:
                     return item
-                refused = self._waiting[greediest].pop()
+                refused = greedier.pop()
                 self._count -= 1
             self._waiting.setdefault(caller, deque()).append(item)
             self._count += 1
             self._changed.notify()
             return refused
+
+    def _greedier(self, caller: str) -> deque[Item] | None:
+        """What waits of the caller with the most, if that is more than this one would have with another item."""
+        greediest = max(self._waiting.values(), key=len)
+        return greediest if len(greediest) > len(self._waiting.get(caller, ())) + 1 else None
 
     @property
     def ended(self) -> bool:

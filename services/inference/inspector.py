@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.maps import MapKind, Region, anomaly_map, heatmap_png, regions
 from services.inference.batcher import Batcher, Scored
+from services.inference.outcomes import counted_if_raised
 from services.inference.registry import Active, Registry
 from services.runtime.errors import Refusal, invalid
 
@@ -83,6 +84,15 @@ class Inspector:
 
     def __init__(self, registry: Registry, batcher: Batcher) -> None:
         self._registry, self._batcher = registry, batcher
+
+    def admit(self, caller: str, seconds_left: float | None) -> None:
+        """Refuses an image that there is no room or no time for, before it is received; counts it if so.
+
+        Raises:
+            Refusal: no room in the queue, or the caller's time is up.
+        """
+        with counted_if_raised():
+            self._batcher.admit(caller, seconds_left)
 
     async def inspect(self, inspection: Inspection) -> Result:
         """Inspects one image.

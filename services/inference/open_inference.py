@@ -65,6 +65,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
             "inference.GRPCInferenceService",
             lambda server: open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server),
             open_inference_pb2.DESCRIPTOR.pool,
+            admissions={"ModelInfer": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
         )
 
     async def ServerLive(self, request: ServerLiveRequest, context: _Context) -> ServerLiveResponse:

@@ -17,12 +17,19 @@ _TRY_AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, g
 @contextmanager
 def counted() -> Iterator[None]:
     """Counts one inspection when the block is left, by how it is left."""
+    with counted_if_raised():
+        yield
+    metrics.INSPECTIONS.labels("ok").inc()
+
+
+@contextmanager
+def counted_if_raised() -> Iterator[None]:
+    """Counts one inspection if the block raises, by what it raises."""
     try:
         yield
     except BaseException as error:
         metrics.INSPECTIONS.labels(_outcome(error)).inc()
         raise
-    metrics.INSPECTIONS.labels("ok").inc()
 
 
 def _outcome(error: BaseException) -> str:

@@ -53,6 +53,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         return Service(
             "feddymem.v1.InspectionService",
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
+            admissions={"Inspect": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
         )
 
     async def Inspect(self, request: InspectRequest, context: _Context) -> InspectResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from grpc import aio
 from prometheus_client import Counter, Histogram
 
 from services.runtime.changes import Changes
-from services.runtime.errors import as_refusal
+from services.runtime.errors import as_refusal, invalid
 from services.runtime.logs import get_logger
 
 RPCS = Counter("feddymem_rpc_handled_total", "RPCs handled, by method and gRPC status code.", ["method", "code"])
@@ -24,14 +24,22 @@ RPC_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 600),
 )
 
+Admission = Callable[[aio.ServicerContext[Any, Any]], None]
+"""Raises a `Refusal` where a request need not even be received."""
+
 _OURS = ("/feddymem.", "/inference.")
 _log = get_logger()
 
 
 class RpcBoundary(aio.ServerInterceptor):
-    """Turns what a servicer raises into a status, and records the RPC."""
+    """Turns what a servicer raises into a status, and records the RPC.
 
-    def __init__(self) -> None:
+    Args:
+        admissions: of unary methods by full name.
+    """
+
+    def __init__(self, admissions: Mapping[str, Admission]) -> None:
+        self._admissions = admissions
         self._busy: set[object] = set()
         self._changes = Changes()
 
@@ -59,12 +67,27 @@ class RpcBoundary(aio.ServerInterceptor):
             if handler.request_streaming:
                 return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
+        if admit := self._admissions.get(method):
+            # A stream of one request, on the wire the same as a single one, can be refused before it is read.
+            return grpc.stream_unary_rpc_method_handler(self._admitted(method, handler.unary_unary, admit), **codec)
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
 
     def _unary(self, method: str, handle: Any) -> Any:
         async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             with self._in_work(method):
                 async with _Call(method, context):
+                    return await handle(request, context)
+
+        return handled
+
+    def _admitted(self, method: str, handle: Any, admit: Admission) -> Any:
+        async def handled(_requests: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+            with self._in_work(method):
+                async with _Call(method, context):
+                    admit(context)
+                    request = await context.read()
+                    if request is aio.EOF:
+                        raise invalid("the call ended without a request; send one")
                     return await handle(request, context)
 
         return handled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from services.runtime.array_store import write_atomically
 from services.runtime.channels import FAREWELL_SECONDS, SERVER_OPTIONS
 from services.runtime.logs import get_logger
-from services.runtime.rpc import RpcBoundary
+from services.runtime.rpc import Admission, RpcBoundary
 from services.runtime.settings import ServiceSettings
 
 LIVENESS = "liveness"
@@ -38,11 +38,13 @@ class Service:
         name: its full name.
         add: adds its servicer to a server.
         pool: has its descriptors.
+        admissions: of unary methods by name, what may refuse a request before it is received.
     """
 
     name: str
     add: Callable[[aio.Server], None]
     pool: DescriptorPool = field(default_factory=descriptor_pool.Default)
+    admissions: Mapping[str, Admission] = field(default_factory=dict)
 
 
 class Readiness:
@@ -70,7 +72,9 @@ async def listening(
     Raises:
         OSError: an address cannot be bound.
     """
-    boundary = RpcBoundary()
+    boundary = RpcBoundary(
+        {f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()}
+    )
     server = aio.server(
         interceptors=[boundary],
         options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],

@@ -610,8 +610,12 @@ async def test_a_full_queue_refuses_with_a_hint(extractor: Extractor) -> None:
         waiting = await begun([batcher.inspect(active(extractor), image(number), as_it_is, "a") for number in (1, 2)])
         [refused] = await begun([batcher.inspect(active(extractor), image(3), as_it_is, "a")])
         answer = await refusal(refused)
+        with pytest.raises(Refusal) as unreceived:
+            batcher.admit("a", None)
+        batcher.admit("b", None)  # would take the place of one of a's
         extractor.reading.open()
         assert await scores(held + waiting) == [*HELD, 1, 2]
+    assert (unreceived.value.status, unreceived.value.text) == (answer.status, answer.text)
     assert answer.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert re.fullmatch(
         r"2 inspections are waiting, as many as are allowed; try again in \d+\.\d\d seconds", answer.text
@@ -654,6 +658,9 @@ async def test_what_would_wait_longer_than_it_may_is_refused_at_once(extractor: 
         answer = await refusal(hasty)
         assert answer.status is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert answer.text.startswith("images wait for about 3.000 seconds, longer than the 2.900 left; try again in ")
+        with pytest.raises(Refusal, match=r"about 5\.000 seconds, longer than the 4\.900 left"):
+            batcher.admit("a", 4.9)  # behind two more by now
+        batcher.admit("a", 5.1)
         assert not other.done()  # of another caller, and served before most
         extractor.reading.open()
         assert await scores([*held, *waiting, patient]) == [*HELD, 1, 2, 3, 6]

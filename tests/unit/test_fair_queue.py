@@ -199,3 +199,12 @@ def test_threads_lose_nothing_and_get_nothing_twice() -> None:
         got = [item for future in getting for item in future.result(SECONDS)]
     assert sorted(got + refused) == sorted((caller, number) for caller in "abcd" for number in range(500))
     assert len(queue) == 0
+
+
+@given(st.lists(PUTS, max_size=12), st.integers(1, 6), PUTS)
+def test_it_admits_exactly_what_it_would_not_refuse(callers: list[str], size: int, caller: str) -> None:
+    queue: FairQueue[object] = FairQueue(size)
+    for before in callers:
+        queue.put(object(), before)
+    admitted, item = queue.admits(caller), object()
+    assert admitted is (queue.put(item, caller) is not item)

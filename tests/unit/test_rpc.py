@@ -1,0 +1,95 @@
+"""Around every RPC: what is refused is refused before its request has arrived, and what is not is answered."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+
+from services.runtime.errors import Refusal, not_found
+from services.runtime.rpc import RPCS, RpcBoundary
+
+SECONDS = 30
+METHOD = "/feddymem.test.Mirror/Turn"
+REFUSAL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many as are allowed")
+Context = aio.ServicerContext[bytes, bytes]
+
+
+async def turn(request: bytes, context: Context) -> bytes:
+    if not request:
+        raise not_found("nothing to turn")
+    return request[::-1]
+
+
+@asynccontextmanager
+async def served(admit: Callable[[Context], None]) -> AsyncIterator[aio.Channel]:
+    """A channel to a server of one method, which has an admission."""
+    server = aio.server(interceptors=[RpcBoundary({METHOD: admit})])
+    service, _, name = METHOD[1:].partition("/")
+    handler: Any = grpc.unary_unary_rpc_method_handler(turn)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {name: handler})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
+
+
+def refuse(context: Context) -> None:
+    raise REFUSAL
+
+
+def allow(context: Context) -> None:
+    """Nothing is refused."""
+
+
+def handled(code: grpc.StatusCode) -> float:
+    return RPCS.labels(METHOD, code.name)._value.get()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("size", [1, 2**20])
+async def test_what_is_admitted_is_answered(size: int) -> None:
+    async with served(allow) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        assert await call(b"a" + bytes(size), timeout=SECONDS) == bytes(size) + b"a"
+
+
+async def test_what_is_refused_is_refused_before_its_request_has_come() -> None:
+    """The caller has not sent any."""
+    before = handled(REFUSAL.status)
+    async with served(refuse) as channel:
+        call: Any = channel.stream_unary(METHOD)(timeout=SECONDS)
+        assert (await call.code(), await call.details()) == (REFUSAL.status, REFUSAL.text)
+    assert handled(REFUSAL.status) == before + 1
+
+
+@pytest.mark.parametrize("size", [1, 3 * 2**20])
+async def test_callers_of_large_requests_are_told_why_too(size: int) -> None:
+    async with served(refuse) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        for _ in range(20):
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call(bytes(size), timeout=SECONDS)
+            assert (caught.value.code(), caught.value.details()) == (REFUSAL.status, REFUSAL.text)
+
+
+async def test_what_the_handler_refuses_is_refused() -> None:
+    async with served(allow) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await call(b"", timeout=SECONDS)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, "nothing to turn")
+
+
+async def test_a_call_that_ends_without_a_request_is_told_so() -> None:
+    async with served(allow) as channel:
+        call: Any = channel.stream_unary(METHOD)(timeout=SECONDS)
+        await call.done_writing()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert await call.details() == "the call ended without a request; send one"
