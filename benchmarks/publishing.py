@@ -23,7 +23,7 @@ class Publishing:
         self._arrays, self._space = ArrayStore(folder), space
         self._federation, self._site = federation, site
         self._loop = asyncio.new_event_loop()
-        self._publisher = Publisher(self._arrays)
+        self._publisher = Publisher(self._arrays, frozenset(), lambda _who, _federation: False)  # no TLS: asks nobody
         self._previous: list[bytes] = []
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.address = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()

@@ -24,6 +24,7 @@ from feddymem.client.images import Image
 from feddymem.client.requests import Wishes
 from feddymem.client.results import InspectionResult, Verdict
 from feddymem.client.synchronous import InspectionClient
+from feddymem.client.tls import TlsError
 from feddymem.maps import MapKind, Region
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "OverloadedError",
     "Region",
     "ServiceFailedError",
+    "TlsError",
     "UnavailableError",
     "Verdict",
     "Wishes",

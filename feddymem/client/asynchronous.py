@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
 import grpc
-from grpc import aio
 
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
 from feddymem.client.images import Image
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
+from feddymem.client.tls import async_channel_to
 from feddymem.in_order import in_order_async
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
 
@@ -36,9 +37,10 @@ class AsyncInspectionClient:
         timeout_seconds: float = 30,
         attempts: int = MAX_ATTEMPTS,
         window: int = 4,
+        tls_dir: Path | None = None,
     ) -> None:
         self._settings = ClientSettings(federation, site, timeout_seconds, window)
-        self._channel = aio.insecure_channel(server, options=inspection_options(attempts))
+        self._channel = async_channel_to(server, inspection_options(attempts), tls_dir)
         self._stub = InspectionServiceStub(self._channel)
 
     async def __aenter__(self) -> AsyncInspectionClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
@@ -13,6 +14,7 @@ from feddymem.client.errors import InspectionError, from_rpc_error
 from feddymem.client.images import Image
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
+from feddymem.client.tls import channel_to
 from feddymem.in_order import in_order
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
 
@@ -29,9 +31,12 @@ class InspectionClient:
         attempts: how often a call is made that the service is not there for, or too busy, before that is an error;
             1 to 5.
         window: images of one `inspect_many` that are under way at once, at most.
+        tls_dir: folder with this program's certificate (tls.crt, tls.key) and the authority that must have issued the
+            service's (ca.crt); none: no TLS, for a service on this machine.
 
     Raises:
         ValueError: a number that makes no sense.
+        TlsError: the TLS files cannot be used.
 
     Example:
         with InspectionClient("127.0.0.1:7072", site="plant-a") as client:
@@ -47,9 +52,10 @@ class InspectionClient:
         timeout_seconds: float = 30,
         attempts: int = MAX_ATTEMPTS,
         window: int = 4,
+        tls_dir: Path | None = None,
     ) -> None:
         self._settings = ClientSettings(federation, site, timeout_seconds, window)
-        self._channel = grpc.insecure_channel(server, options=inspection_options(attempts))
+        self._channel = channel_to(server, inspection_options(attempts), tls_dir)
         self._stub = InspectionServiceStub(self._channel)
 
     def __enter__(self) -> InspectionClient:

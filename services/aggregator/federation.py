@@ -88,7 +88,7 @@ class Federation:
 
     def join(self, request: JoinRequest) -> None:
         """A site joins; see federation.proto."""
-        if self.settings.sites and request.site not in self.settings.sites:
+        if not self.may_join(request.site):
             raise Refusal(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"site {request.site!r} is not on the list of federation {self.name!r}; ask its operator to add it",
@@ -106,6 +106,10 @@ class Federation:
         self._state.put_site(self.name, Site(request.site, request.instance, request.images))
         _log.info("site_joined", federation=self.name, site=request.site, images=request.images)
         self.changes.notify()
+
+    def may_join(self, site: str) -> bool:
+        """Whether a site may take part."""
+        return not self.settings.sites or site in self.settings.sites
 
     @contextmanager
     def presence(self, site: str, instance: str) -> Iterator[None]:
@@ -195,10 +199,12 @@ class Federation:
         _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=len(bank))
         self.changes.notify()
 
-    def status(self) -> FederationStatus:
-        """What `feddymem status` shows."""
+    def status(self, only: str | None = None) -> FederationStatus:
+        """What `feddymem status` shows: of all sites, or of one only."""
         sites = []
         for site in self._state.sites(self.name).values():
+            if only not in (None, site.name):
+                continue
             sent = self._state.bytes_per_round(self.name, site.name)
             sites.append(
                 SiteStatus(

@@ -10,6 +10,7 @@ from services.aggregator.settings import AggregatorSettings
 from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
 from services.runtime.hardware import configure_hardware
+from services.runtime.identity import Identity, Role
 from services.runtime.logs import configure_logs
 from services.runtime.publisher import Publisher
 from services.runtime.server import listening, run_until_stopped
@@ -32,8 +33,13 @@ def main(args: list[str]) -> None:
 async def _serve(settings: AggregatorSettings) -> None:
     state = State(settings.state_dir)
     arrays = ArrayStore(settings.state_dir / "arrays")
-    publisher = Publisher(arrays)
-    federations = {
+    federations: dict[str, Federation] = {}
+
+    def may_read(who: Identity, federation: str) -> bool:
+        return who.role is Role.OPERATOR or (federation in federations and federations[federation].may_join(who.name))
+
+    publisher = Publisher(arrays, frozenset({Role.SITE, Role.INFERENCE, Role.OPERATOR}), may_read)
+    federations |= {
         name: Federation(name, federation, state, arrays, publisher)
         for name, federation in settings.federations.items()
     }

@@ -30,7 +30,9 @@ from feddymem.v1.federation_pb2 import (
 from services.aggregator.federation import Federation
 from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
+from services.runtime.audit import audited
 from services.runtime.errors import Refusal, invalid, not_found
+from services.runtime.identity import Role, caller, require_site
 from services.runtime.messages import method_to_message
 from services.runtime.server import Service
 
@@ -53,18 +55,25 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         return Service(
             "feddymem.v1.FederationService",
             lambda server: federation_pb2_grpc.add_FederationServiceServicer_to_server(self, server),
+            access={
+                **dict.fromkeys(("Join", "WatchRounds", "UploadBank"), frozenset({Role.SITE})),
+                "GetStatus": frozenset({Role.SITE, Role.OPERATOR}),
+            },
         )
 
     async def Join(self, request: JoinRequest, context: aio.ServicerContext[Any, Any]) -> JoinResponse:
         """See federation.proto."""
-        federation = self._federation(request.federation)
-        federation.join(request)
+        with audited(context, "join", request.federation, request.site):
+            require_site(context, request.site)
+            federation = self._federation(request.federation)
+            federation.join(request)
         return JoinResponse(method=method_to_message(federation.settings.method))
 
     async def WatchRounds(
         self, request: WatchRoundsRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[WatchRoundsResponse]:
         """See federation.proto."""
+        require_site(context, request.site)
         federation = self._federation(request.federation)
         with federation.presence(request.site, request.instance):
             told: tuple[int, int] | None = None
@@ -84,27 +93,39 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if first is None or first.WhichOneof("content") != "header":
             raise invalid("the first message of UploadBank must be the bank's header")
         header = first.header
-        federation = self._federation(header.federation)
-        federation.check_header(header)
-        upload = (header.federation, header.site, header.round)
-        self._received[upload] += first.ByteSize()
-        yield UploadBankResponse(resume=self._offsets(header))
+        with audited(context, "upload_bank", header.federation, header.site):
+            require_site(context, header.site)
+            federation = self._federation(header.federation)
+            federation.check_header(header)
+            upload = (header.federation, header.site, header.round)
+            self._received[upload] += first.ByteSize()
+            yield UploadBankResponse(resume=self._offsets(header))
+            await self._take(header, request_iterator, federation)
+        yield UploadBankResponse(accepted=BankAccepted(received_bytes=self._received.pop(upload)))
+
+    async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
+        """See federation.proto. A site is shown its own federations, and of their sites itself."""
+        who = caller(context)
+        site = who.name if who is not None and who.role is Role.SITE else None
+        chosen = [self._federation(request.federation)] if request.federation else self._federations.values()
+        return GetStatusResponse(
+            federations=[federation.status(site) for federation in chosen if site is None or federation.may_join(site)]
+        )
+
+    async def _take(
+        self, header: BankHeader, requests: AsyncIterator[UploadBankRequest], federation: Federation
+    ) -> None:
+        """Receives a bank's arrays and has it counted; keeps nothing of one that is refused."""
         self._uploads.append(header)
         try:
-            await self._receive(header, request_iterator)
-            await federation.accept(header, self._received[upload])
+            await self._receive(header, requests)
+            await federation.accept(header, self._received[header.federation, header.site, header.round])
         except (Refusal, InvalidBankError) as error:
             if not (isinstance(error, Refusal) and error.status in _RESUMABLE):
                 self._discard(header)
             raise
         finally:
             self._uploads.remove(header)
-        yield UploadBankResponse(accepted=BankAccepted(received_bytes=self._received.pop(upload)))
-
-    async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
-        """See federation.proto."""
-        chosen = [self._federation(request.federation)] if request.federation else self._federations.values()
-        return GetStatusResponse(federations=[federation.status() for federation in chosen])
 
     async def _receive(self, header: BankHeader, requests: AsyncIterator[UploadBankRequest]) -> None:
         """Keeps chunks until all arrays of the header are whole."""

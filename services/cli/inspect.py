@@ -28,6 +28,7 @@ from feddymem.client import (
     UnavailableError,
     Wishes,
 )
+from feddymem.client.tls import TlsError
 from feddymem.datasets import SUFFIXES, DatasetError, list_images
 from services.cli.exit_codes import FAILED, OK, REFUSED, SOME_IMAGES_FAILED, USAGE
 
@@ -50,6 +51,7 @@ class Inspection:
     Attributes:
         images: files, folders and patterns.
         server: gRPC target of the inference service.
+        tls_dir: folder of the TLS files, if any.
         federation: name, or empty.
         site: name, or empty.
         threshold: score from which the verdict is anomalous.
@@ -61,6 +63,7 @@ class Inspection:
 
     images: tuple[str, ...]
     server: str
+    tls_dir: Path | None
     federation: str
     site: str
     threshold: float | None
@@ -85,7 +88,7 @@ def inspect(asked: Inspection) -> int:
             table = _Table() if not asked.as_json and asked.csv is None else None
             sinks = [table.add] if table else list(_line_sinks(asked, outputs))
             code = _inspect(asked, paths, sinks)
-    except DatasetError as error:
+    except (DatasetError, TlsError) as error:
         return _fail(str(error), USAGE)
     except BrokenPipeError:  # whoever reads the lines has had enough: typer ends quietly
         raise
@@ -147,7 +150,7 @@ def _inspect(asked: Inspection, paths: tuple[Path, ...], sinks: Sequence[Sink]) 
 
 
 def _outcomes(asked: Inspection, paths: tuple[Path, ...]) -> Iterator[tuple[Path, InspectionResult | InspectionError]]:
-    client = InspectionClient(asked.server, federation=asked.federation, site=asked.site)
+    client = InspectionClient(asked.server, federation=asked.federation, site=asked.site, tls_dir=asked.tls_dir)
     with _progress(asked) as progress, client:
         bar = progress.add_task("inspecting", total=len(paths))
         for outcome in zip(paths, client.inspect_many(paths, **_wishes(asked)), strict=True):

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import feddymem
+from services.cli.certs import certs
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
 
 # OpenMP threads that wait shall sleep soon, not spin: torch's would hold the cores that OpenVINO's threads need, and
@@ -29,9 +30,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(certs, name="certs")
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _Server = Annotated[str, typer.Option(help="HOST:PORT of the service.")]
+_TlsDir = Annotated[
+    Path | None, typer.Option(help="Folder with tls.crt, tls.key and ca.crt; without it, no TLS: for this machine.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -73,6 +78,7 @@ def inspect(
     server: Annotated[
         str, typer.Option(help="HOST:PORT of the service, or a gRPC target; dns:///NAME:PORT goes round all addresses.")
     ] = "127.0.0.1:7072",
+    tls_dir: _TlsDir = None,
     federation: Annotated[str, typer.Option(help="Federation; needed where the service has several.")] = "",
     site: Annotated[str, typer.Option(help="Site; needed where the service has several.")] = "",
     threshold: Annotated[
@@ -94,6 +100,7 @@ def inspect(
     asked = Inspection(
         images=tuple(images),
         server=server,
+        tls_dir=tls_dir,
         federation=federation,
         site=site,
         threshold=threshold,
@@ -108,13 +115,14 @@ def inspect(
 @app.command()
 def status(
     server: _Server = "127.0.0.1:7070",
+    tls_dir: _TlsDir = None,
     federation: Annotated[str, typer.Option(help="Only this federation.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Show federations, rounds, sites and releases of an aggregator."""
     from services.cli.status import status as run
 
-    raise typer.Exit(run(server, federation, as_json))
+    raise typer.Exit(run(server, tls_dir, federation, as_json))
 
 
 @app.command()
@@ -166,13 +174,14 @@ def evaluate(
 
 
 def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:
+    from feddymem.client.tls import TlsError
     from feddymem.datasets import DatasetError
     from services.edge_client.participant import ParticipationError
     from services.runtime.settings import InvalidSettingsError
 
     try:
         run(args)
-    except (InvalidSettingsError, DatasetError) as error:
+    except (InvalidSettingsError, DatasetError, TlsError) as error:
         _fail(str(error), USAGE)
     except ParticipationError as error:
         _fail(str(error), REFUSED)

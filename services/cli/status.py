@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
 
+from feddymem.client.tls import TlsError, channel_to
 from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
-from services.cli.exit_codes import OK, REFUSED
+from services.cli.exit_codes import OK, REFUSED, USAGE
 
 _TIMEOUT_SECONDS = 10
 """A person waits for the answer."""
 
 
-def status(server: str, federation: str, as_json: bool) -> int:
+def status(server: str, tls_dir: Path | None, federation: str, as_json: bool) -> int:
     """Prints the state of an aggregator's federations; the exit code."""
     try:
-        response = get_status(server, federation)
+        response = get_status(server, federation, tls_dir)
+    except TlsError as error:
+        Console(stderr=True, soft_wrap=True).print(f"feddymem: {error}", markup=False)
+        return USAGE
     except grpc.RpcError as error:
         Console(stderr=True, soft_wrap=True).print(
             f"feddymem: {server}: {error.code().name}: {error.details()}", markup=False
@@ -33,13 +39,14 @@ def status(server: str, federation: str, as_json: bool) -> int:
     return OK
 
 
-def get_status(server: str, federation: str = "") -> GetStatusResponse:
+def get_status(server: str, federation: str = "", tls_dir: Path | None = None) -> GetStatusResponse:
     """The state of an aggregator's federations.
 
     Raises:
         grpc.RpcError: the aggregator refused, or cannot be reached.
+        TlsError: the TLS files cannot be used.
     """
-    with grpc.insecure_channel(server) as channel:
+    with channel_to(server, [], tls_dir) as channel:
         return FederationServiceStub(channel).GetStatus(
             GetStatusRequest(federation=federation), timeout=_TIMEOUT_SECONDS
         )

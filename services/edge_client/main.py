@@ -13,8 +13,8 @@ from services.edge_client import metrics
 from services.edge_client.participant import Participant
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
-from services.runtime.channels import open_channel
 from services.runtime.hardware import configure_hardware
+from services.runtime.identity import Identity, Role
 from services.runtime.logs import configure_logs, get_logger
 from services.runtime.progress import shown_progress
 from services.runtime.publisher import Publisher
@@ -43,7 +43,8 @@ def main(args: list[str]) -> None:
 
 async def _serve(settings: EdgeClientSettings, device: str) -> None:
     state = EdgeState(settings.state_dir)
-    publisher = Publisher(state.arrays)
+    own = Identity(Role.INFERENCE, settings.site)
+    publisher = Publisher(state.arrays, frozenset({Role.INFERENCE}), lambda who, _federation: who == own)
     with shown_progress() as progress:
         async with listening(settings, [publisher.service]) as readiness:
             work = _take_part(settings, device, state, publisher, readiness, progress)
@@ -60,12 +61,9 @@ async def _take_part(
 ) -> None:
     extractor = await asyncio.to_thread(_load_extractor, settings, device)
     extraction = await asyncio.to_thread(_extract, settings, extractor, state, progress)
-    async with open_channel(settings.aggregator) as channel:
-        participant = Participant(
-            settings, extractor.feature_space, extraction.patches, device, state, publisher, channel, progress
-        )
-        await readiness.set(True)
-        await participant.run()
+    participant = Participant(settings, extractor.feature_space, extraction.patches, device, state, publisher, progress)
+    await readiness.set(True)
+    await participant.run()
 
 
 def _load_extractor(settings: EdgeClientSettings, device: str) -> FeatureExtractor:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from feddymem.client.tls import TlsError
 from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.local_update import LocalUpdate, local_update, new_generator
@@ -35,6 +36,7 @@ from services.edge_client import metrics
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks
+from services.runtime.channels import UnreachableError, connected
 from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
 from services.runtime.messages import (
@@ -48,6 +50,19 @@ from services.runtime.publisher import Publisher, download, is_transient, pause
 _UploadCall = aio.StreamStreamCall[UploadBankRequest, UploadBankResponse]
 
 _log = get_logger()
+
+
+_PASSING = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAUTHENTICATED})
+"""Statuses after which joining again, on a new connection, may help: the aggregator has forgotten this edge client,
+bytes were damaged, or the certificate has expired and may have been renewed."""
+
+
+class _Aggregator:
+    """The aggregator, for as long as one connection to it lasts."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self.rounds = federation_pb2_grpc.FederationServiceStub(channel)
+        self.releases = release_pb2_grpc.ReleaseServiceStub(channel)
 
 
 class ParticipationError(RuntimeError):
@@ -65,13 +80,10 @@ class Participant:
         device: str,
         state: EdgeState,
         publisher: Publisher,
-        channel: aio.Channel,
         progress: Progress,
     ) -> None:
         self._settings, self._space, self._source, self._device = settings, space, source, device
         self._state, self._publisher, self._progress = state, publisher, progress
-        self._rounds = federation_pb2_grpc.FederationServiceStub(channel)
-        self._releases = release_pb2_grpc.ReleaseServiceStub(channel)
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
         self._uploaded = 0
         state.claim(f"federation {settings.federation}, site {settings.site}, feature space {space.fingerprint}")
@@ -87,40 +99,48 @@ class Participant:
         """
         while True:
             try:
-                method = await self._join()
-                request = WatchRoundsRequest(**self._identity)
-                async for event in self._rounds.WatchRounds(request, wait_for_ready=True):
-                    if await self._react(event, method):
+                async with connected(self._settings.aggregator, self._settings) as channel:
+                    if await self._take_part(_Aggregator(channel)):
                         return
             except aio.AioRpcError as error:
-                if not is_transient(error) and error.code() != grpc.StatusCode.FAILED_PRECONDITION:
+                if not is_transient(error) and error.code() not in _PASSING:
                     raise ParticipationError(f"{error.code().name}: {error.details()}") from error
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
+            except (UnreachableError, TlsError) as error:
+                _log.warning("aggregator_unreachable", reason=str(error))
             except Refusal as refusal:
                 _log.warning("download_refused", reason=refusal.text)
             metrics.RETRIES.inc()
             await pause(self._settings)
 
-    async def _join(self) -> Method:
+    async def _take_part(self, aggregator: _Aggregator) -> bool:
+        """Follows the rounds for as long as the connection lasts; whether the federation is done."""
+        method = await self._join(aggregator)
+        async for event in aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity)):
+            if await self._react(event, method, aggregator):
+                return True
+        return False
+
+    async def _join(self, aggregator: _Aggregator) -> Method:
         request = JoinRequest(
             **self._identity, feature_space=feature_space_to_message(self._space), images=self._source.images
         )
         try:
-            response = await self._rounds.Join(request, wait_for_ready=True, timeout=self._settings.rpc_timeout_seconds)
+            response = await aggregator.rounds.Join(request, timeout=self._settings.rpc_timeout_seconds)
         except aio.AioRpcError as error:
-            if is_transient(error):
+            if is_transient(error) or error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise
             raise ParticipationError(f"{error.code().name}: {error.details()}") from error
         _log.info("joined", federation=self._settings.federation, site=self._settings.site)
         return method_from_message(response.method)
 
-    async def _react(self, event: WatchRoundsResponse, method: Method) -> bool:
+    async def _react(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> bool:
         """Does what the state of the rounds asks of this site; whether the federation is done."""
         if event.phase == PHASE_OPEN and event.round != self._uploaded:
             bank = self._state.bank()
             if bank is None or (bank.round, bank.images) != (event.round, self._source.images):
-                bank = await self._make_bank(event, method)
-            await self._upload(bank)
+                bank = await self._make_bank(event, method, aggregator)
+            await self._upload(bank, aggregator)
         if event.phase == PHASE_DONE:
             if method.generator and self._state.generator() is None:
                 await self._publish_untrained(event.round, method)
@@ -128,8 +148,8 @@ class Participant:
             return True
         return False
 
-    async def _make_bank(self, event: WatchRoundsResponse, method: Method) -> BankHeader:
-        memory = await self._download(event.memory) if event.HasField("memory") else None
+    async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
+        memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
         generator = self._load_generator() if method.generator else None
         with metrics.UPDATE_SECONDS.time():
             update = await asyncio.to_thread(
@@ -156,27 +176,21 @@ class Participant:
             self._publisher.publish(generator)
         return header
 
-    async def _upload(self, header: BankHeader) -> None:
-        """Uploads a bank, resuming until it is accepted or the round has gone on without it."""
-        while True:
-            try:
-                await self._upload_once(header)
-            except aio.AioRpcError as error:
-                if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS):
-                    _log.warning("bank_not_taken", round=header.round, reason=error.details())
-                    return
-                if not is_transient(error) and error.code() != grpc.StatusCode.DATA_LOSS:
-                    raise
-                metrics.RETRIES.inc()
+    async def _upload(self, header: BankHeader, aggregator: _Aggregator) -> None:
+        """Uploads a bank from where an interrupted upload stopped, unless the round has gone on without it."""
+        try:
+            await self._upload_once(header, aggregator)
+        except aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS):
                 _log.warning("upload_interrupted", round=header.round, code=error.code().name, details=error.details())
-                await pause(self._settings)
-            else:
-                self._uploaded = header.round
-                metrics.ROUND.set(header.round)
-                return
+                raise
+            _log.warning("bank_not_taken", round=header.round, reason=error.details())
+        else:
+            self._uploaded = header.round
+            metrics.ROUND.set(header.round)
 
-    async def _upload_once(self, header: BankHeader) -> None:
-        call = self._rounds.UploadBank(wait_for_ready=True, timeout=self._settings.transfer_timeout_seconds)
+    async def _upload_once(self, header: BankHeader, aggregator: _Aggregator) -> None:
+        call = aggregator.rounds.UploadBank(timeout=self._settings.transfer_timeout_seconds)
         response: object = aio.EOF
         with contextlib.suppress(asyncio.InvalidStateError, aio.AioRpcError):  # the call has ended; its status says why
             async for request in self._upload_requests(header, call):
@@ -200,8 +214,8 @@ class Participant:
             for chunk in chunks(manifest.sha256, data, offsets[manifest.sha256]):
                 yield UploadBankRequest(chunk=chunk)
 
-    async def _download(self, memory: GlobalMemory) -> MemoryBank:
-        await download(self._releases, memory.arrays, self._state.arrays, self._settings)
+    async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
+        await download(aggregator.releases, memory.arrays, self._state.arrays, self._settings)
         return bank_from_wire((manifest, self._state.arrays.read(manifest.sha256)) for manifest in memory.arrays)
 
     async def _publish_untrained(self, round_number: int, method: Method) -> None:

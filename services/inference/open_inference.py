@@ -30,6 +30,7 @@ from feddymem.openinference.open_inference_pb2 import (
     ServerReadyResponse,
 )
 from services.inference import tensors
+from services.inference.access import CALLERS
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.outcomes import counted
 from services.inference.registry import Registry
@@ -39,6 +40,7 @@ from services.runtime.server import Service
 
 _Context = aio.ServicerContext[Any, Any]
 _NAME = "feddymem"
+_METHODS = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
 
 _MAX_IMAGES = 64
 """Images that one request may have."""
@@ -64,7 +66,8 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         return Service(
             "inference.GRPCInferenceService",
             lambda server: open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server),
-            open_inference_pb2.DESCRIPTOR.pool,
+            access=dict.fromkeys((method.name for method in _METHODS), CALLERS),
+            pool=open_inference_pb2.DESCRIPTOR.pool,
             admissions={"ModelInfer": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
         )
 

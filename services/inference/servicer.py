@@ -27,6 +27,7 @@ from feddymem.v1.inspection_pb2 import (
     MapFormat,
     Region,
 )
+from services.inference.access import CALLERS
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.outcomes import counted
 from services.inference.streams import answer_stream
@@ -53,6 +54,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         return Service(
             "feddymem.v1.InspectionService",
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
+            access=dict.fromkeys(("Inspect", "InspectStream"), CALLERS),
             admissions={"Inspect": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from feddymem.client.tls import TlsError
 from feddymem.v1 import release_pb2_grpc
 from feddymem.v1.array_pb2 import Array
 from feddymem.v1.release_pb2 import (
@@ -26,8 +27,9 @@ from feddymem.v1.release_pb2 import (
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
 from services.runtime.changes import Changes
-from services.runtime.channels import TRANSIENT, open_channel
-from services.runtime.errors import Refusal, as_refusal
+from services.runtime.channels import TRANSIENT, UnreachableError, connected
+from services.runtime.errors import Refusal, as_refusal, not_found
+from services.runtime.identity import Identity, Role, caller, denied
 from services.runtime.logs import get_logger
 from services.runtime.server import Service
 from services.runtime.settings import ClientSettings
@@ -39,15 +41,24 @@ _log = get_logger()
 
 
 class Publisher(release_pb2_grpc.ReleaseServiceServicer):
-    """Serves the current release of each federation, and the arrays of all releases."""
+    """Serves the current release of each federation, and the arrays of all that it has published.
 
-    def __init__(self, arrays: ArrayStore) -> None:
-        self._arrays = arrays
+    Args:
+        arrays: where the arrays are; others in it are not served.
+        roles: of whom the releases are for.
+        may_read: whether somebody of these roles may read a federation's releases.
+    """
+
+    def __init__(self, arrays: ArrayStore, roles: frozenset[Role], may_read: Callable[[Identity, str], bool]) -> None:
+        self._arrays, self._roles, self._may_read = arrays, roles, may_read
+        self._federations_of: dict[bytes, set[str]] = {}
         self._current: dict[str, Release] = {}
         self._changes = Changes()
 
     def publish(self, release: Release) -> None:
         """Makes a release the current one of its federation; its arrays are in the store already."""
+        for array in release.arrays:
+            self._federations_of.setdefault(array.sha256, set()).add(release.federation)
         self._current[release.federation] = release
         self._changes.notify()
 
@@ -57,16 +68,23 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         return Service(
             "feddymem.v1.ReleaseService",
             lambda server: release_pb2_grpc.add_ReleaseServiceServicer_to_server(self, server),
+            access=dict.fromkeys(("WatchReleases", "DownloadArray"), self._roles),
         )
 
     async def WatchReleases(
         self, request: WatchReleasesRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[WatchReleasesResponse]:
         """See release.proto."""
+        who = caller(context)
+        for federation in request.federations:
+            if not self._readable(who, federation):
+                raise denied(f"the certificate is that of {who}, who may not read releases of {federation!r}")
         sent: dict[str, Release] = {}
         while True:
             for federation, release in sorted(self._current.items()):
                 if request.federations and federation not in request.federations:
+                    continue
+                if not self._readable(who, federation):
                     continue
                 if sent.get(federation) is not release:
                     sent[federation] = release
@@ -79,6 +97,9 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         self, request: DownloadArrayRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[DownloadArrayResponse]:
         """See release.proto."""
+        who = caller(context)
+        if not any(self._readable(who, name) for name in self._federations_of.get(request.sha256, ())):
+            raise not_found(f"no release that you may read has an array {request.sha256.hex()}; watch releases again")
         data = await asyncio.to_thread(self._arrays.read, request.sha256)
         if request.offset > len(data):
             raise Refusal(
@@ -86,6 +107,9 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
             )
         for chunk in chunks(request.sha256, data, request.offset):
             yield DownloadArrayResponse(chunk=chunk)
+
+    def _readable(self, who: Identity | None, federation: str) -> bool:
+        return who is None or self._may_read(who, federation)
 
 
 async def follow(
@@ -99,23 +123,24 @@ async def follow(
 
     Goes on where it was when the publisher or the line is gone for a while.
     """
-    async with open_channel(address) as channel:
-        stub = release_pb2_grpc.ReleaseServiceStub(channel)
-        while True:
-            try:
-                request = WatchReleasesRequest(federations=federations)
-                async for response in stub.WatchReleases(request, wait_for_ready=True):
+    while True:
+        try:
+            async with connected(address, settings) as channel:
+                stub = release_pb2_grpc.ReleaseServiceStub(channel)
+                async for response in stub.WatchReleases(WatchReleasesRequest(federations=federations)):
                     await download(stub, response.release.arrays, arrays, settings)
                     await receive(response.release)
-            except aio.AioRpcError as error:
-                _log.warning("watch_interrupted", publisher=address, code=error.code().name, details=error.details())
-            except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever a release brings
-                refusal = as_refusal(error)
-                if refusal is None:
-                    _log.error("release_failed", publisher=address, exc_info=error)
-                else:
-                    _log.error("release_refused", publisher=address, reason=refusal.text)
-            await pause(settings)
+        except aio.AioRpcError as error:
+            _log.warning("watch_interrupted", publisher=address, code=error.code().name, details=error.details())
+        except (UnreachableError, TlsError) as error:
+            _log.warning("publisher_unreachable", publisher=address, reason=str(error))
+        except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever a release brings
+            refusal = as_refusal(error)
+            if refusal is None:
+                _log.error("release_failed", publisher=address, exc_info=error)
+            else:
+                _log.error("release_refused", publisher=address, reason=refusal.text)
+        await pause(settings)
 
 
 async def download(

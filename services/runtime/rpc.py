@@ -14,6 +14,7 @@ from prometheus_client import Counter, Histogram
 
 from services.runtime.changes import Changes
 from services.runtime.errors import as_refusal, invalid
+from services.runtime.identity import Role, caller, denied
 from services.runtime.logs import get_logger
 
 RPCS = Counter("feddymem_rpc_handled_total", "RPCs handled, by method and gRPC status code.", ["method", "code"])
@@ -27,6 +28,9 @@ RPC_SECONDS = Histogram(
 Admission = Callable[[aio.ServicerContext[Any, Any]], None]
 """Raises a `Refusal` where a request need not even be received."""
 
+Access = frozenset[Role]
+"""Roles that may call a method, where there is TLS."""
+
 _OURS = ("/feddymem.", "/inference.")
 _log = get_logger()
 
@@ -35,11 +39,12 @@ class RpcBoundary(aio.ServerInterceptor):
     """Turns what a servicer raises into a status, and records the RPC.
 
     Args:
+        access: who may call, by full name of a method; a method that is not there, nobody.
         admissions: of unary methods by full name.
     """
 
-    def __init__(self, admissions: Mapping[str, Admission]) -> None:
-        self._admissions = admissions
+    def __init__(self, access: Mapping[str, Access], admissions: Mapping[str, Admission]) -> None:
+        self._access, self._admissions = access, admissions
         self._busy: set[object] = set()
         self._changes = Changes()
 
@@ -76,6 +81,7 @@ class RpcBoundary(aio.ServerInterceptor):
         async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             with self._in_work(method):
                 async with _Call(method, context):
+                    self._authorize(method, context)
                     return await handle(request, context)
 
         return handled
@@ -84,6 +90,7 @@ class RpcBoundary(aio.ServerInterceptor):
         async def handled(_requests: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             with self._in_work(method):
                 async with _Call(method, context):
+                    self._authorize(method, context)
                     admit(context)
                     request = await context.read()
                     if request is aio.EOF:
@@ -96,10 +103,19 @@ class RpcBoundary(aio.ServerInterceptor):
         async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             with self._in_work(method):
                 async with _Call(method, context):
+                    self._authorize(method, context)
                     async for response in handle(request, context):
                         yield response
 
         return handled
+
+    def _authorize(self, method: str, context: aio.ServicerContext[Any, Any]) -> None:
+        who = caller(context)
+        allowed = self._access.get(method, Access())
+        if who is not None and who.role not in allowed:
+            roles = " or ".join(sorted(allowed)) or "nobody"
+            _log.warning("access_denied", method=method, who=who.uri)
+            raise denied(f"the certificate is that of {who}; {method} is for {roles}")
 
     @contextmanager
     def _in_work(self, method: str) -> Iterator[None]:

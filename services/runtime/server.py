@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import prometheus_client
@@ -21,8 +22,9 @@ from grpc_reflection.v1alpha import reflection
 from services.runtime.array_store import write_atomically
 from services.runtime.channels import FAREWELL_SECONDS, SERVER_OPTIONS
 from services.runtime.logs import get_logger
-from services.runtime.rpc import Admission, RpcBoundary
+from services.runtime.rpc import Access, Admission, RpcBoundary
 from services.runtime.settings import ServiceSettings
+from services.runtime.tls import server_credentials
 
 LIVENESS = "liveness"
 """Name under which the health service says SERVING for as long as the process answers, ready or not."""
@@ -37,12 +39,14 @@ class Service:
     Attributes:
         name: its full name.
         add: adds its servicer to a server.
+        access: who may call, by name of a method.
         pool: has its descriptors.
         admissions: of unary methods by name, what may refuse a request before it is received.
     """
 
     name: str
     add: Callable[[aio.Server], None]
+    access: Mapping[str, Access]
     pool: DescriptorPool = field(default_factory=descriptor_pool.Default)
     admissions: Mapping[str, Admission] = field(default_factory=dict)
 
@@ -71,9 +75,11 @@ async def listening(
 
     Raises:
         OSError: an address cannot be bound.
+        TlsError: the TLS files cannot be used.
     """
     boundary = RpcBoundary(
-        {f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()}
+        {f"/{service.name}/{name}": roles for service in services for name, roles in service.access.items()},
+        {f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()},
     )
     server = aio.server(
         interceptors=[boundary],
@@ -90,7 +96,7 @@ async def listening(
     files = [service.pool.FindFileContainingSymbol(service.name) for service in services]
     files += [descriptor_pool.Default().FindFileContainingSymbol(name) for name in standard]
     reflection.enable_server_reflection((*names, *standard), server, _pool_of(files))
-    address = _bind(server, settings.listen)
+    address = _bind(server, settings.listen, settings.tls_dir)
     host, _, port = settings.metrics_listen.rpartition(":")
     metrics, _thread = prometheus_client.start_http_server(int(port), host)
     await server.start()
@@ -154,9 +160,12 @@ def _pool_of(files: Iterable[FileDescriptor]) -> DescriptorPool:
     return pool
 
 
-def _bind(server: aio.Server, address: str) -> str:
+def _bind(server: aio.Server, address: str, tls_dir: Path | None) -> str:
     try:
-        port = server.add_insecure_port(address)
+        if tls_dir is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, server_credentials(tls_dir))
     except RuntimeError as error:
         raise OSError(f"listen: {address} cannot be bound; is another process using it?") from error
     return f"{address.rpartition(':')[0]}:{port}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import yaml
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -32,6 +33,14 @@ def _host_and_port(address: str) -> str:
     if not separator or not host or not port.isdigit() or int(port) > 65_535:
         raise ValueError(f"{address!r} is not HOST:PORT")
     return address
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 Address = Annotated[str, AfterValidator(_host_and_port)]
@@ -64,6 +73,16 @@ class ServiceSettings(BaseSettings):
         description="address of the Prometheus endpoint /metrics, HOST:PORT; port 0 picks a free one"
     )
     state_dir: Path = Field(description="folder for everything that must survive a restart; made if missing")
+    tls_dir: Path | None = Field(
+        default=None,
+        description="folder with tls.crt, tls.key and ca.crt: this service's certificate, and the authority that must "
+        "have issued those of all it talks to; read again for each new connection",
+    )
+    danger_listen_without_tls: bool = Field(
+        default=False,
+        description="listen without TLS on other addresses than loopback, where whoever reaches the port may do "
+        "anything in anybody's name",
+    )
     address_file: Path | None = Field(
         default=None, description="file to write the bound addresses to, as JSON, once the server listens (for port 0)"
     )
@@ -76,6 +95,16 @@ class ServiceSettings(BaseSettings):
     drain_seconds: float = Field(
         default=20, ge=0, le=600, description="time for requests in flight to finish after SIGTERM, before they are cut"
     )
+
+    @model_validator(mode="after")
+    def _listen_without_tls_on_loopback_only(self) -> ServiceSettings:
+        if self.tls_dir is None and not self.danger_listen_without_tls and not _is_loopback(self.listen):
+            raise ValueError(
+                f"listen: {self.listen} is not a loopback address, and tls_dir is not set, so that anybody could speak "
+                "for any site there; set tls_dir (`feddymem certs` makes certificates for trials), or, in a network "
+                "where everybody is trusted with everything, danger_listen_without_tls"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -182,7 +211,9 @@ def _refuse_unknown_environment(cls: type[ServiceSettings]) -> None:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "settings"
+    if not error["loc"]:  # of several settings together, see `ServiceSettings`
+        return str(error["ctx"]["error"])
+    key = ".".join(str(part) for part in error["loc"])
     message = {"missing": "is required but not set", "extra_forbidden": "is not a known setting"}.get(
         error["type"], error["msg"]
     )

@@ -68,7 +68,9 @@ def asked(folder: Path) -> Inspection:
     """All images of the folder, the last of which is none."""
     for number, path in enumerate(reversed(find_images(["."]))):
         path.write_bytes(bytes(number))
-    return Inspection((".",), "", "", "", threshold=3, pixel_threshold=None, heatmaps=None, as_json=True, csv="all.csv")
+    return Inspection(
+        (".",), "", None, "", "", threshold=3, pixel_threshold=None, heatmaps=None, as_json=True, csv="all.csv"
+    )
 
 
 def test_lines_are_whole_although_a_terminal_shows_progress(

@@ -252,6 +252,7 @@ def test_the_names_are_those_that_callers_rely_on() -> None:
         "OverloadedError",
         "Region",
         "ServiceFailedError",
+        "TlsError",
         "UnavailableError",
         "Verdict",
         "Wishes",

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 import services.aggregator.metrics
 import services.edge_client.metrics
 import services.inference.metrics
-import services.runtime.rpc  # noqa: F401 - registers its metrics
+import services.runtime.rpc
+import services.runtime.tls  # noqa: F401 - registers its metrics
 from feddymem.client import InspectionClient, channel
 from services.aggregator.settings import AggregatorSettings, FederationSettings
 from services.cli import exit_codes

@@ -57,7 +57,7 @@ def test_what_is_not_set_has_its_default(service: type[ServiceSettings], tmp_pat
     ("service", "key", "file", "environment", "flag"),
     [
         *[(service, "drain_seconds", 1.5, "2.5", "3.5") for service in NEEDED],
-        *[(service, "listen", "0.0.0.0:1", "0.0.0.0:2", "0.0.0.0:3") for service in NEEDED],
+        *[(service, "listen", "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3") for service in NEEDED],
         *[(service, "state_dir", "one", "two", "three") for service in NEEDED],
         *[(service, "log_format", "console", "json", "auto") for service in NEEDED],
         *[(service, "retry_seconds", 1, "2", "3") for service in (EdgeClientSettings, InferenceSettings)],
@@ -342,3 +342,26 @@ def test_a_typing_error_in_nested_environment_is_named(tmp_path: Path, monkeypat
 def test_json_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDDYMEM_FEDERATIONS", "nonsense")
     assert '"federations"' in failure(AggregatorSettings, [])
+
+
+LOOPBACK = pytest.mark.parametrize("address", ["127.0.0.1:1", "127.8.0.1:0", "[::1]:1", "localhost:1"])
+ELSEWHERE = pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "hub:1", "127.0.0.1.example:1"])
+
+
+@SERVICES
+@LOOPBACK
+def test_on_loopback_no_tls_is_needed(service: type[ServiceSettings], address: str, tmp_path: Path) -> None:
+    assert load_settings(service, file_with(tmp_path, {**NEEDED[service], "listen": address})).listen == address
+
+
+@SERVICES
+@ELSEWHERE
+def test_elsewhere_nothing_listens_without_tls_unless_told_to(
+    service: type[ServiceSettings], address: str, tmp_path: Path
+) -> None:
+    flags = file_with(tmp_path, {**NEEDED[service], "listen": address})
+    text = failure(service, flags)
+    assert text.startswith(f"listen: {address} is not a loopback address, and tls_dir is not set")
+    assert text.endswith("danger_listen_without_tls")
+    assert load_settings(service, [*flags, "--danger-listen-without-tls"]).listen == address
+    assert load_settings(service, [*flags, "--tls-dir", "tls"]).tls_dir == Path("tls")

@@ -1,0 +1,151 @@
+"""`feddymem certs`: an authority, and certificates that it issues, for trials; in production, cert-manager."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from feddymem.client.tls import AUTHORITY, CERTIFICATE, KEY
+from services.cli.exit_codes import USAGE
+from services.runtime.array_store import write_atomically
+from services.runtime.identity import Identity, Role, identity_from_uri
+
+AUTHORITY_KEY = "ca.key"
+_SKEW = datetime.timedelta(minutes=5)
+"""Certificates hold from a little before now on, for clocks that are late."""
+
+certs = typer.Typer(help="Make certificates for trials.", no_args_is_help=True)
+_Folder = Annotated[Path, typer.Argument(help="Folder of the authority: ca.crt and ca.key.")]
+
+
+@certs.command()
+def authority(
+    folder: _Folder, days: Annotated[float, typer.Option(help="How long its certificate holds.")] = 3650
+) -> None:
+    """Make an authority. Keep its key where nobody but you can read it."""
+    if (folder / AUTHORITY_KEY).exists():
+        _fail(f"{folder / AUTHORITY_KEY} is there already; what it has issued would be worth nothing any more")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedDyMem authority for trials")])
+    usage = _usage(signs_certificates=True)
+    certificate = (
+        _builder(name, name, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_key(folder / AUTHORITY_KEY, key)
+    write_atomically(folder / AUTHORITY, certificate.public_bytes(Encoding.PEM))
+
+
+@certs.command()
+def issue(
+    folder: _Folder,
+    role: Annotated[Role, typer.Argument(help="What the certificate is for.")],
+    name: Annotated[str, typer.Argument(help="For a site and its inference services the site's name, else any.")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or IP address that others reach this server by; may be repeated.")
+    ] = None,
+    days: Annotated[float, typer.Option(help="How long it holds.")] = 90,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tls.crt, tls.key and ca.crt; without it, FOLDER/ROLE-NAME.")
+    ] = None,
+) -> None:
+    """Issue a certificate, or renew it: a service that runs uses the new one for its next connections."""
+    try:
+        identity = identity_from_uri(Identity(role, name).uri)
+        authority_key = load_pem_private_key((folder / AUTHORITY_KEY).read_bytes(), None)
+        authority_pem = (folder / AUTHORITY).read_bytes()
+        authority_certificate = x509.load_pem_x509_certificate(authority_pem)
+    except (OSError, ValueError) as error:
+        _fail(f"{error}; `feddymem certs authority {folder}` makes an authority")
+    assert isinstance(authority_key, ec.EllipticCurvePrivateKey), "as `authority` makes it"
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{role} {name}")])
+    certificate = (
+        _builder(subject, authority_certificate.subject, key.public_key(), days)
+        .add_extension(x509.SubjectAlternativeName(_alternative_names(identity, host or [])), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+        .sign(authority_key, hashes.SHA256())
+    )
+    target = out or folder / f"{role}-{name}"
+    target.mkdir(parents=True, exist_ok=True)
+    _write_key(target / KEY, key)
+    write_atomically(target / CERTIFICATE, certificate.public_bytes(Encoding.PEM))
+    write_atomically(target / AUTHORITY, authority_pem)
+    typer.echo(f"{target}: {identity.uri}, until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(min(now, now + datetime.timedelta(days=days)) - _SKEW)
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _usage(signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative_names(identity: Identity, hosts: Sequence[str]) -> list[x509.GeneralName]:
+    return [x509.UniformResourceIdentifier(identity.uri), *(_host(host) for host in hosts)]
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    """Readable by its owner only, from the first byte on."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    part.replace(path)
+
+
+def _fail(text: str) -> NoReturn:
+    typer.echo(f"feddymem: {text}", err=True)
+    raise typer.Exit(USAGE)

@@ -1,0 +1,149 @@
+"""TLS on a real connection: renewed certificates count, halves of them do not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+import typer
+from cryptography import x509
+from grpc import aio
+
+from feddymem.client.tls import AUTHORITY, CERTIFICATE, KEY, TlsError, read_tls
+from services.runtime.channels import UnreachableError, connected
+from services.runtime.identity import Role
+from services.runtime.tls import server_credentials
+from tests.certificates import Authority
+
+SECONDS = 30
+METHOD = "/feddymem.test.Mirror/Shown"
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "authority")
+
+
+def serial(folder: Path) -> int:
+    return x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes()).serial_number
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[str]:
+    """The address of a server that tells its callers the serial number of the certificate that they show."""
+
+    async def shown(_request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
+        [pem] = context.auth_context()["x509_pem_cert"]
+        return str(x509.load_pem_x509_certificate(pem).serial_number).encode()
+
+    server = aio.server()
+    service, _, name = METHOD[1:].partition("/")
+    handler: Any = grpc.unary_unary_rpc_method_handler(shown)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {name: handler})])
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(folder))
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+async def shown_to(address: str, folder: Path, seconds: float = SECONDS) -> int:
+    settings: Any = SimpleNamespace(tls_dir=folder, rpc_timeout_seconds=seconds)
+    async with connected(address, settings) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        return int(await call(b"", timeout=SECONDS))
+
+
+async def test_a_caller_shows_its_renewed_certificate_when_it_connects_again(authority: Authority) -> None:
+    server, client = authority.issue(Role.AGGREGATOR, "hub"), authority.issue(Role.SITE, "berlin")
+    async with served(server) as address:
+        first = serial(client)
+        assert await shown_to(address, client) == first
+        authority.issue(Role.SITE, "berlin")
+        assert await shown_to(address, client) == serial(client) != first
+
+
+async def test_a_server_shows_its_renewed_certificate_to_the_next_caller(authority: Authority, tmp_path: Path) -> None:
+    """A new authority for both: the old certificate would not be believed."""
+    server, client = authority.issue(Role.AGGREGATOR, "hub"), authority.issue(Role.SITE, "berlin")
+    other = Authority(tmp_path / "other")
+    async with served(server) as address:
+        await shown_to(address, client)
+        shutil.copytree(other.issue(Role.AGGREGATOR, "hub"), server, dirs_exist_ok=True)
+        renewed = other.issue(Role.SITE, "berlin")
+        assert await shown_to(address, renewed) == serial(renewed)
+        with pytest.raises(UnreachableError, match="certificates is not accepted"):
+            await shown_to(address, client, seconds=1)
+
+
+async def test_while_the_authority_changes_both_are_believed(authority: Authority, tmp_path: Path) -> None:
+    other = Authority(tmp_path / "other")
+    server, old = authority.issue(Role.AGGREGATOR, "hub"), authority.issue(Role.SITE, "berlin")
+    new = other.issue(Role.SITE, "berlin")
+    for folder in (server, new):
+        (folder / AUTHORITY).write_bytes(read_tls(server).authority + (other.folder / AUTHORITY).read_bytes())
+    async with served(server) as address:
+        for client in (old, new):
+            assert await shown_to(address, client) == serial(client)
+
+
+@pytest.mark.parametrize("name", [CERTIFICATE, KEY])
+async def test_a_server_goes_on_with_the_pair_it_has_while_one_half_is_replaced(
+    authority: Authority, tmp_path: Path, name: str
+) -> None:
+    server, client = authority.issue(Role.AGGREGATOR, "hub"), authority.issue(Role.SITE, "berlin")
+    before = tmp_path / "before"
+    shutil.copytree(server, before)
+    async with served(server) as address:
+        authority.issue(Role.AGGREGATOR, "hub")
+        shutil.copy(before / name, server / name)  # a pair no more
+        assert await shown_to(address, client) == serial(client)
+        (server / name).write_bytes(b"half a fil")
+        assert await shown_to(address, client) == serial(client)
+        (server / name).unlink()
+        assert await shown_to(address, client) == serial(client)
+
+
+def test_files_that_are_no_pair_start_no_server(authority: Authority) -> None:
+    hub, berlin = authority.issue(Role.AGGREGATOR, "hub"), authority.issue(Role.SITE, "berlin")
+    shutil.copy(berlin / KEY, hub / KEY)
+    with pytest.raises(TlsError, match="the private key is not that of the certificate"):
+        server_credentials(hub)
+
+
+def test_an_expired_certificate_starts_no_server(authority: Authority) -> None:
+    with pytest.raises(TlsError, match=r"tls\.crt has expired on \d{4}-"):
+        server_credentials(authority.issue(Role.AGGREGATOR, "hub", days=-0.1))
+
+
+@pytest.mark.parametrize("name", [CERTIFICATE, KEY, AUTHORITY])
+def test_a_missing_file_is_named(authority: Authority, name: str) -> None:
+    folder = authority.issue(Role.SITE, "berlin")
+    (folder / name).unlink()
+    with pytest.raises(TlsError, match=name):
+        read_tls(folder)
+
+
+@pytest.mark.parametrize("name", [CERTIFICATE, KEY, AUTHORITY])
+def test_what_is_no_pem_starts_no_server(authority: Authority, name: str) -> None:
+    folder = authority.issue(Role.SITE, "berlin")
+    (folder / name).write_bytes(b"PEM")
+    with pytest.raises(TlsError, match="not three PEM files"):
+        server_credentials(folder)
+
+
+def test_keys_are_for_their_owner_only(authority: Authority) -> None:
+    folder = authority.issue(Role.SITE, "berlin")
+    assert [path.stat().st_mode & 0o777 for path in (folder / KEY, authority.folder / "ca.key")] == [0o600, 0o600]
+
+
+def test_an_authority_is_never_overwritten(authority: Authority) -> None:
+    with pytest.raises(typer.Exit):
+        Authority(authority.folder)
