@@ -36,7 +36,7 @@ from services.edge_client import metrics
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks
-from services.runtime.channels import UnreachableError, connected
+from services.runtime.channels import TRANSIENT, UnreachableError, connected
 from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
 from services.runtime.messages import (
@@ -45,16 +45,18 @@ from services.runtime.messages import (
     generator_to_wire,
     method_from_message,
 )
-from services.runtime.publisher import Publisher, download, is_transient, pause
+from services.runtime.publisher import Publisher, download, pause
 
 _UploadCall = aio.StreamStreamCall[UploadBankRequest, UploadBankResponse]
 
 _log = get_logger()
 
 
-_PASSING = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAUTHENTICATED})
-"""Statuses after which joining again, on a new connection, may help: the aggregator has forgotten this edge client,
-bytes were damaged, or the certificate has expired and may have been renewed."""
+_LATER = TRANSIENT | {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+"""Statuses after which the same call, on a new connection, may succeed: also where the certificate has expired and may
+have been renewed, and where the aggregator's disk is full."""
+_JOIN_AGAIN = _LATER | {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_LOSS}
+"""The same for what follows Join: the aggregator may have forgotten this edge client, or bytes were damaged."""
 
 
 class _Aggregator:
@@ -103,7 +105,7 @@ class Participant:
                     if await self._take_part(_Aggregator(channel)):
                         return
             except aio.AioRpcError as error:
-                if not is_transient(error) and error.code() not in _PASSING:
+                if error.code() not in _JOIN_AGAIN:
                     raise ParticipationError(f"{error.code().name}: {error.details()}") from error
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
             except (UnreachableError, TlsError) as error:
@@ -128,7 +130,7 @@ class Participant:
         try:
             response = await aggregator.rounds.Join(request, timeout=self._settings.rpc_timeout_seconds)
         except aio.AioRpcError as error:
-            if is_transient(error) or error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            if error.code() in _LATER:
                 raise
             raise ParticipationError(f"{error.code().name}: {error.details()}") from error
         _log.info("joined", federation=self._settings.federation, site=self._settings.site)

@@ -58,7 +58,11 @@ class ArrayStore:
         with self._lock:
             if sha256 not in self:
                 part = self._part(sha256)
-                part.write_bytes(data)
+                try:
+                    part.write_bytes(data)
+                except OSError:  # as where the disk is full: what was written is of no use to anybody
+                    part.unlink(missing_ok=True)
+                    raise
                 self._finish(part, sha256)
 
     def append(self, manifest: Array, chunk: ArrayChunk) -> None:

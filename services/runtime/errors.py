@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+
 import grpc
 
 from feddymem.feature_space import FingerprintMismatchError
@@ -34,10 +37,22 @@ def as_refusal(error: Exception) -> Refusal | None:
     """The refusal that an error becomes; None for a fault of ours, which is INTERNAL and logged."""
     if isinstance(error, Refusal):
         return error
+    if is_disk_full(error):
+        return Refusal(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the disk of this service is full; try again when its operator has made room, nothing is lost",
+        )
     for kind, status in _STATUS.items():
         if isinstance(error, kind):
             return Refusal(status, str(error))
     return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for what should have been written."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def not_found(text: str) -> Refusal:

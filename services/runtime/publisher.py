@@ -27,7 +27,7 @@ from feddymem.v1.release_pb2 import (
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
 from services.runtime.changes import Changes
-from services.runtime.channels import TRANSIENT, UnreachableError, connected
+from services.runtime.channels import UnreachableError, connected
 from services.runtime.errors import Refusal, as_refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
 from services.runtime.logs import get_logger
@@ -168,8 +168,3 @@ async def download(
 async def pause(settings: ClientSettings) -> None:
     """Waits a random time below `retry_seconds`, so that many callers do not come back at once."""
     await asyncio.sleep(random.uniform(0, settings.retry_seconds))  # noqa: S311 - jitter, not a secret
-
-
-def is_transient(error: aio.AioRpcError) -> bool:
-    """Whether trying the same idempotent call again can help."""
-    return error.code() in TRANSIENT

@@ -13,7 +13,7 @@ from grpc import aio
 from prometheus_client import Counter, Histogram
 
 from services.runtime.changes import Changes
-from services.runtime.errors import as_refusal, invalid
+from services.runtime.errors import as_refusal, invalid, is_disk_full
 from services.runtime.identity import Role, caller, denied
 from services.runtime.logs import get_logger
 
@@ -155,6 +155,8 @@ class _Call:
     async def _refuse(self, error: Exception) -> None:
         refusal = as_refusal(error)
         if refusal is not None:
+            if is_disk_full(error):
+                _log.error("disk_full", method=self._method, reason=str(error))
             self._code = refusal.status
             await self._context.abort(refusal.status, refusal.text)
         self._code = grpc.StatusCode.INTERNAL

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,7 +25,7 @@ from feddymem.v1.federation_pb2 import (
     UploadBankRequest,
 )
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
-from services.demo.processes import Fleet
+from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks, encode
 from services.runtime.messages import feature_space_to_message
 from tests.feature_spaces import SPACE
@@ -372,3 +373,58 @@ def test_several_federations_do_not_mix(fleet: Fleet, tmp_path: Any) -> None:
         assert not current_release(parts).needs_generator
         status = scans.rounds.GetStatus(GetStatusRequest(federation="scans"), timeout=TIMEOUT_SECONDS).federations[0]
         assert (status.phase, status.release) == (PHASE_OPEN, 0)
+
+
+def full_disk_for(running: RunningService, sha256: bytes) -> Path:
+    """A part of an array that is /dev/full: writing it fails as on a full disk, until it is removed."""
+    link = running.log.parent / "state" / "arrays" / f"{sha256.hex()}.part"
+    link.symlink_to("/dev/full")
+    return link
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_and_taken_when_it_does(start_aggregator: StartAggregator) -> None:
+    running = start_aggregator(quorum=1, sites=["a"], method=METHOD)
+    bank = make_bank()
+    items = bank_to_wire(bank, "float16")[0].manifest
+    full = full_disk_for(running, items.sha256)
+    with grpc.insecure_channel(running.grpc) as channel:
+        site = FakeSite(channel, "a")
+        site.join()
+        code, text = refused(lambda: site.upload(bank))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert text.startswith("the disk of this service is full")
+        assert "disk_full" in running.log.read_text()
+        full.unlink()
+        assert site.upload(bank)[-1].HasField("accepted")
+        site.wait_for(PHASE_OPEN, 2)
+
+
+def test_a_release_that_does_not_fit_on_the_disk_is_made_when_it_does(
+    start_aggregator: StartAggregator, fleet: Fleet
+) -> None:
+    """What the release is made of is known from another aggregator, which had room."""
+
+    def release_of(running: RunningService, meanwhile: Callable[[], None]) -> Release:
+        with grpc.insecure_channel(running.grpc) as channel:
+            sites = [FakeSite(channel, name) for name in ("a", "b")]
+            for site in sites:
+                site.join()
+            sites[0].wait_for(PHASE_OPEN, 1)
+            for seed, site in enumerate(sites):
+                assert site.upload(make_bank(seed))[-1].HasField("accepted")
+            meanwhile()
+            sites[0].wait_for(PHASE_OPEN, 2)
+            return current_release(sites[0])
+
+    settings = {"sites": ["a", "b"], "method": METHOD}
+    expected = release_of(start_aggregator("roomy", **settings), lambda: None)
+    running = start_aggregator("full", **settings)
+    full = full_disk_for(running, expected.arrays[0].sha256)
+    failed = '"event": "aggregation_failed"'
+
+    def make_room() -> None:
+        fleet.wait_until(lambda: failed in running.log.read_text(), TIMEOUT_SECONDS, "the release not to fit")
+        full.unlink(missing_ok=True)
+
+    assert release_of(running, make_room).arrays == expected.arrays
+    assert running.log.read_text().count(failed) == 1
