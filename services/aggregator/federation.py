@@ -101,6 +101,7 @@ class Federation:
         self._check_alone(request.site, request.instance)
         if not 1 <= request.images <= _MAX_IMAGES:
             raise invalid(f"site {request.site!r} joins with {request.images} images; expected 1 to {_MAX_IMAGES}")
+        self._require_room_for(request.site)
         space = feature_space_from_message(request.feature_space)
         known = self._state.feature_space(self.name)
         if known is None:
@@ -110,6 +111,14 @@ class Federation:
         self._state.put_site(self.name, Site(request.site, request.instance, request.images))
         _log.info("site_joined", federation=self.name, site=request.site, images=request.images)
         self.changes.notify()
+
+    def _require_room_for(self, site: str) -> None:
+        joined = self._state.sites(self.name)
+        if site not in joined and len(joined) >= self.settings.max_sites:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"federation {self.name!r} has its {self.settings.max_sites} sites; its operator can raise max_sites",
+            )
 
     def may_join(self, site: str) -> bool:
         """Whether a site may take part."""

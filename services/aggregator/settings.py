@@ -21,6 +21,7 @@ class FederationSettings(BaseModel):
 
     quorum: int = Field(default=2, ge=1, description="banks that a round needs before it may close")
     sites: tuple[Name, ...] = Field(default=(), description="sites that may take part; empty for any")
+    max_sites: int = Field(default=1000, ge=1, le=100_000, description="sites that may join, at most")
     round_deadline_seconds: float = Field(
         default=3600,
         gt=0,

@@ -18,10 +18,14 @@ FAREWELL_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Largest message between services: chunks and manifests are far below it."""
 
+MAX_STREAMS = 128
+"""RPCs of one connection at once; more wait at the caller."""
+
 SERVER_OPTIONS = [
     *KEEPALIVE_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
     ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
 ]
 
 CHANNEL_OPTIONS = [

@@ -428,3 +428,14 @@ def test_a_release_that_does_not_fit_on_the_disk_is_made_when_it_does(
 
     assert release_of(running, make_room).arrays == expected.arrays
     assert running.log.read_text().count(failed) == 1
+
+
+def test_a_federation_has_no_more_sites_than_allowed(start_aggregator: StartAggregator) -> None:
+    running = start_aggregator(quorum=1, max_sites=2, method=METHOD)
+    with grpc.insecure_channel(running.grpc) as channel:
+        for name in ("a", "b", "a"):
+            FakeSite(channel, name).join()
+        assert refused(FakeSite(channel, "c").join) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "federation 'parts' has its 2 sites; its operator can raise max_sites",
+        )
