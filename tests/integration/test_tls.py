@@ -12,7 +12,7 @@ import grpc
 import pytest
 import yaml
 
-from feddymem.client import InspectionClient, UnavailableError
+from feddymem.client import InspectionClient, NotServedError, UnavailableError
 from feddymem.client.tls import AUTHORITY, channel_to, read_tls
 from feddymem.datasets import SiteData
 from feddymem.openinference import open_inference_pb2
@@ -119,7 +119,7 @@ def _scores(inference: RunningService, line: Path, image: Path) -> bool:
     with InspectionClient(inference.grpc, site=HERE, attempts=1, tls_dir=line) as client:
         try:
             return client.inspect(image).release == 1
-        except UnavailableError:
+        except (UnavailableError, NotServedError):
             return False
 
 
