@@ -97,7 +97,7 @@ class Batcher:
         self._waiting: FairQueue[_Job[Any]] = FairQueue(queue_size)
         self.queue_size = queue_size
         self._in_work, self._counting = 0, threading.Lock()
-        self._to_come: set[_Job[Any]] = set()
+        self._to_come: set[Future[Any]] = set()
         self._seconds_per_image = self._done = 0.0
         self._for_room: deque[asyncio.Future[None]] = deque()
         # Bounded, so that what waits for long waits undecoded, in the fair queue; each thread holds one besides.
@@ -156,8 +156,7 @@ class Batcher:
         now = time.monotonic()
         expires = None if seconds_left is None else now + seconds_left
         job = _Job[Result](active, image, finish, now, expires, Future())
-        self._accept(job)
-        job.result.add_done_callback(lambda _result: self._leave(job))
+        self._accept(job.result)
         refused = self._waiting.put(job, caller)
         if refused is not None:
             full = self._full()
@@ -173,16 +172,17 @@ class Batcher:
         finally:
             self.notify_room()
 
-    def _accept(self, job: _Job[Any]) -> None:
+    def _accept(self, result: Future[Any]) -> None:
         with self._counting:
-            self._to_come.add(job)
+            self._to_come.add(result)
             self._in_work += 1
             metrics.WAITING.set(self._in_work)
+        result.add_done_callback(self._leave)  # knows no job: with its image it would wait for a garbage collection
 
-    def _leave(self, job: _Job[Any]) -> None:
+    def _leave(self, result: Future[Any]) -> None:
         """At once, not when the event loop gets to it: a batch would wait for what nobody wants any more."""
         with self._counting:
-            self._to_come.discard(job)
+            self._to_come.discard(result)
             self._in_work -= 1
             metrics.WAITING.set(self._in_work)
 
@@ -298,7 +298,7 @@ class Batcher:
             except queue.Empty:
                 break
             with self._counting:
-                self._to_come.discard(ready.job)
+                self._to_come.discard(ready.job.result)
             batch.append(ready)
         return batch
 

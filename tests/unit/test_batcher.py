@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -631,6 +633,21 @@ async def test_a_caller_with_little_in_a_full_queue_takes_the_place_of_one_with_
         assert (await refusal(newest)).status is grpc.StatusCode.RESOURCE_EXHAUSTED
         extractor.reading.open()
         assert await scores([*held, first, other]) == [*HELD, 1, 3]
+
+
+async def test_a_scored_image_does_not_wait_for_a_garbage_collection(extractor: Extractor) -> None:
+    images = [image(number) for number in range(5)]
+    left = [weakref.ref(image) for image in images]
+    gc.disable()
+    try:
+        async with started(extractor) as batcher:
+            tasks = await begun([batcher.inspect(active(extractor), image, as_it_is) for image in images])
+            assert await scores(tasks) == [0, 1, 2, 3, 4]
+        images.clear()
+        del tasks
+        assert [image() for image in left] == [None] * 5
+    finally:
+        gc.enable()
 
 
 async def test_what_would_wait_longer_than_it_may_is_refused_at_once(extractor: Extractor, clock: Clock) -> None:
