@@ -65,8 +65,11 @@ def _credentials(folder: Path) -> grpc.ChannelCredentials:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise TlsError(
             f"TLS file {path} cannot be read ({error.strerror}); the folder needs {CERTIFICATE}, {KEY} and {AUTHORITY}"
         ) from error
+    if b"-----BEGIN" not in content:  # gRPC would end the whole process for an empty one
+        raise TlsError(f"TLS file {path} is not PEM, or is being written just now")
+    return content

@@ -181,7 +181,9 @@ class Provenance(_message.Message):
     """Version of the program that made the release."""
     @_builtins.property
     def banks_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """SHA-256, in hex, of each bank's items, sorted."""
+        """SHA-256, in hex, of the SHA-256 of each bank's items, sorted: who has a bank finds it here, and nobody can ask for
+        one by it.
+        """
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -92,11 +93,7 @@ class Federation:
 
     def join(self, request: JoinRequest) -> None:
         """A site joins; see federation.proto."""
-        if not self.may_join(request.site):
-            raise Refusal(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"site {request.site!r} is not on the list of federation {self.name!r}; ask its operator to add it",
-            )
+        self._require_may_join(request.site)
         _check_names(request)
         self._check_alone(request.site, request.instance)
         if not 1 <= request.images <= _MAX_IMAGES:
@@ -112,12 +109,18 @@ class Federation:
         _log.info("site_joined", federation=self.name, site=request.site, images=request.images)
         self.changes.notify()
 
+    def _require_may_join(self, site: str) -> None:
+        if not self.may_join(site):
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"site {site!r} is not on the list of federation {self.name!r}; ask its operator to add it",
+            )
+
     def _require_room_for(self, site: str) -> None:
         joined = self._state.sites(self.name)
         if site not in joined and len(joined) >= self.settings.max_sites:
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"federation {self.name!r} has its {self.settings.max_sites} sites; its operator can raise max_sites",
+            raise precondition(
+                f"federation {self.name!r} has its {self.settings.max_sites} sites; its operator can raise max_sites"
             )
 
     def may_join(self, site: str) -> bool:
@@ -144,8 +147,9 @@ class Federation:
         """Checks that an edge client speaks for a site that has joined.
 
         Raises:
-            Refusal: FAILED_PRECONDITION if not.
+            Refusal: FAILED_PRECONDITION if not; PERMISSION_DENIED where the site may not take part any more.
         """
+        self._require_may_join(site)
         joined = self._state.sites(self.name).get(site)
         if joined is None or joined.instance != instance:
             raise precondition(
@@ -307,7 +311,7 @@ class Federation:
                 sites=len(banks),
                 images=sum(bank.header.images for bank in banks.values()),
                 items=sum(array.shape[0] for array in items),
-                banks_sha256=sorted(array.sha256.hex() for array in items),
+                banks_sha256=sorted(hashlib.sha256(array.sha256).hexdigest() for array in items),
                 program_version=feddymem.__version__,
             ),
         )

@@ -162,4 +162,4 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         try:
             return self._federations[name]
         except KeyError:
-            raise not_found(f"there is no federation {name!r} at this aggregator; check its name") from None
+            raise not_found(f"there is no federation {name[:63]!r} at this aggregator; check its name") from None

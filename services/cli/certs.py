@@ -40,8 +40,9 @@ def authority(
     folder: _Folder, days: Annotated[float, typer.Option(help="How long its certificate holds.")] = 3650
 ) -> None:
     """Make an authority. Keep its key where nobody but you can read it."""
-    if (folder / AUTHORITY_KEY).exists():
-        _fail(f"{folder / AUTHORITY_KEY} is there already; what it has issued would be worth nothing any more")
+    for file in (AUTHORITY_KEY, AUTHORITY):
+        if (folder / file).exists():
+            _fail(f"{folder / file} is there already; what it has issued would be worth nothing any more")
     key = ec.generate_private_key(ec.SECP256R1())
     # Whoever believes two authorities, as while one replaces the other, looks for the issuer by its name.
     title = f"FedDyMem authority for trials {secrets.token_hex(4)}"

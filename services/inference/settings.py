@@ -8,7 +8,7 @@ from pydantic import Field
 
 from feddymem.backbone import resolve_device
 from feddymem.images import MAX_PIXELS
-from feddymem.threads import computing_at_once
+from feddymem.threads import computing_at_once, workers
 from services.runtime.settings import Address, ClientSettings, Name
 
 
@@ -41,7 +41,8 @@ class InferenceSettings(ClientSettings):
         default=None,
         ge=1,
         le=100_000,
-        description="inspections waiting, at most; more are refused; none: as many as are computed at once",
+        description="inspections waiting, at most; more are refused; none: as many as are computed at once, or one for "
+        "each thread if that is more",
     )
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
     max_request_bytes: int = Field(
@@ -61,4 +62,4 @@ class InferenceSettings(ClientSettings):
     @property
     def room(self) -> int:
         """Inspections waiting, at most."""
-        return self.queue_size or self.batch * self.at_once
+        return self.queue_size or max(self.batch * self.at_once, workers())

@@ -13,6 +13,9 @@ from services.runtime.errors import as_refusal
 from services.runtime.identity import caller
 from services.runtime.logs import get_logger
 
+_LONGEST_NAME = 63
+"""Names are not longer; a caller may send more."""
+
 _log = get_logger()
 
 
@@ -40,7 +43,7 @@ def audited(context: aio.ServicerContext[Any, Any], action: str, federation: str
             "audit",
             who=context.peer() if who is None else who.uri,
             action=action,
-            federation=federation,
-            site=site,
+            federation=federation[:_LONGEST_NAME],
+            site=site[:_LONGEST_NAME],
             result=result,
         )

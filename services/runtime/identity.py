@@ -76,14 +76,16 @@ def caller(context: _Context) -> Identity | None:
     """Who calls; None at a server without TLS.
 
     Raises:
-        Refusal: UNAUTHENTICATED where the certificate names nobody, or has expired since the connection was made.
+        Refusal: PERMISSION_DENIED where the certificate names nobody, UNAUTHENTICATED where it has expired since the
+            connection was made.
     """
-    shown = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
-    if shown is None:
+    connection = context.auth_context()
+    if next(iter(connection.get("transport_security_type", ())), None) == b"insecure":
         return None
-    identity, expiry = _shown(shown)
+    shown = next(iter(connection.get("x509_pem_cert", ())), None)
+    identity, expiry = (None, 0) if shown is None else _shown(shown)
     if identity is None:
-        raise _unauthenticated(f"the certificate names nobody: it needs one {_SCHEME}ROLE/NAME as URI")
+        raise denied(f"the certificate names nobody: it needs one {_SCHEME}ROLE/NAME as URI")
     if expiry <= time.time():
         raise _unauthenticated("the certificate has expired; renew it and connect again")
     return identity
@@ -112,11 +114,11 @@ def _unauthenticated(text: str) -> Refusal:
 @lru_cache(maxsize=1024)
 def _shown(pem: bytes) -> tuple[Identity | None, float]:
     """The identity in a certificate, and when it expires, in seconds since the epoch."""
-    certificate = x509.load_pem_x509_certificate(pem)
     try:
+        certificate = x509.load_pem_x509_certificate(pem)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         [uri] = [uri for uri in names.get_values_for_type(x509.UniformResourceIdentifier) if uri.startswith(_SCHEME)]
         identity = identity_from_uri(uri)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
         return None, 0
     return identity, certificate.not_valid_after_utc.timestamp()

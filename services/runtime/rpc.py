@@ -88,13 +88,13 @@ class RpcBoundary(aio.ServerInterceptor):
 
     def _admitted(self, method: str, handle: Any, admit: Admission) -> Any:
         async def handled(_requests: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            with self._in_work(method):
-                async with _Call(method, context):
-                    self._authorize(method, context)
-                    admit(context)
-                    request = await context.read()
-                    if request is aio.EOF:
-                        raise invalid("the call ended without a request; send one")
+            async with _Call(method, context):
+                self._authorize(method, context)
+                admit(context)
+                request = await context.read()  # not in work yet: who sends slowly must not hold up a shutdown
+                if request is aio.EOF:
+                    raise invalid("the call ended without a request; send one")
+                with self._in_work(method):
                     return await handle(request, context)
 
         return handled

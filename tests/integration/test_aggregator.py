@@ -436,6 +436,6 @@ def test_a_federation_has_no_more_sites_than_allowed(start_aggregator: StartAggr
         for name in ("a", "b", "a"):
             FakeSite(channel, name).join()
         assert refused(FakeSite(channel, "c").join) == (
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            grpc.StatusCode.FAILED_PRECONDITION,
             "federation 'parts' has its 2 sites; its operator can raise max_sites",
         )

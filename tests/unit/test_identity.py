@@ -24,8 +24,10 @@ from tests.certificates import Authority
 
 
 def context(pem: bytes | None) -> Any:
-    """Of an RPC whose caller has shown a certificate."""
-    shown = {} if pem is None else {"x509_pem_cert": [pem], "transport_security_type": [b"ssl"]}
+    """Of an RPC whose caller has shown a certificate; without one, of one without TLS."""
+    if pem is None:
+        return SimpleNamespace(auth_context=lambda: {"transport_security_type": [b"insecure"]})
+    shown = {"x509_pem_cert": [pem], "transport_security_type": [b"ssl"]}
     return SimpleNamespace(auth_context=lambda: shown)
 
 
@@ -67,6 +69,13 @@ def test_without_tls_nobody_is_known_and_everybody_may_speak() -> None:
     require_site(context(None), "berlin")
 
 
+def test_where_tls_shows_no_certificate_nobody_is_let_in() -> None:
+    """As gRPC is set up it cannot happen; it must not be taken for a connection without TLS."""
+    nobody: Any = SimpleNamespace(auth_context=lambda: {"transport_security_type": [b"ssl"]})
+    with pytest.raises(Refusal, match="names nobody"):
+        caller(nobody)
+
+
 def test_a_site_speaks_for_itself(tmp_path: Path) -> None:
     pem = (Authority(tmp_path).issue(Role.SITE, "berlin") / CERTIFICATE).read_bytes()
     assert caller(context(pem)) == Identity(Role.SITE, "berlin")
@@ -103,7 +112,7 @@ BERLIN = x509.UniformResourceIdentifier("feddymem://site/berlin")
 )
 def test_who_is_not_named_once_as_uri_is_nobody(names: tuple[x509.GeneralName, ...]) -> None:
     answer = refusal(certificate(*names))
-    assert answer.status is grpc.StatusCode.UNAUTHENTICATED
+    assert answer.status is grpc.StatusCode.PERMISSION_DENIED
     assert "names nobody" in answer.text
 
 

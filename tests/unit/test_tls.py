@@ -134,7 +134,11 @@ def test_a_missing_file_is_named(authority: Authority, name: str) -> None:
 @pytest.mark.parametrize("name", [CERTIFICATE, KEY, AUTHORITY])
 def test_what_is_no_pem_starts_no_server(authority: Authority, name: str) -> None:
     folder = authority.issue(Role.SITE, "berlin")
-    (folder / name).write_bytes(b"PEM")
+    for content in (b"", b"PEM"):
+        (folder / name).write_bytes(content)
+        with pytest.raises(TlsError, match=f"{name} is not PEM"):
+            read_tls(folder)
+    (folder / name).write_bytes(b"-----BEGIN NOTHING-----")
     with pytest.raises(TlsError, match="not three PEM files"):
         server_credentials(folder)
 
@@ -144,6 +148,8 @@ def test_keys_are_for_their_owner_only(authority: Authority) -> None:
     assert [path.stat().st_mode & 0o777 for path in (folder / KEY, authority.folder / "ca.key")] == [0o600, 0o600]
 
 
-def test_an_authority_is_never_overwritten(authority: Authority) -> None:
+@pytest.mark.parametrize("kept", ["ca.key", "ca.crt"])
+def test_an_authority_is_never_overwritten(authority: Authority, kept: str) -> None:
+    (authority.folder / ({"ca.key": "ca.crt", "ca.crt": "ca.key"}[kept])).unlink()
     with pytest.raises(typer.Exit):
         Authority(authority.folder)
