@@ -40,7 +40,7 @@ from services.aggregator.state import AcceptedBank, Site, State
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import BANK_ARRAYS, ITEM_TYPES, bank_from_wire, bank_to_wire, check_manifest
 from services.runtime.changes import Changes
-from services.runtime.errors import Refusal, exists, invalid, is_disk_full, precondition
+from services.runtime.errors import Refusal, exists, invalid, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
 from services.runtime.publisher import MAX_ARRAY_BYTES, Publisher
@@ -49,9 +49,8 @@ _MAX_IMAGES = 10**9
 _MAX_VALUE = 60_000.0
 """Largest absolute value of items and spreads: releases travel as float16, whose largest is 65,504."""
 
-DISK_RETRY_SECONDS = 5
-"""Pause before a round whose release did not fit on the disk is tried again: whoever has made room sees soon that it
-was enough."""
+AGGREGATION_RETRY_SECONDS = 10
+"""Pause before a round that failed is tried again: whoever has made room on the disk sees soon that it was enough."""
 
 _log = get_logger()
 
@@ -248,10 +247,10 @@ class Federation:
         while self.phase != PHASE_DONE:
             try:
                 await self._drive_round()
-            except Exception as error:  # noqa: BLE001 - this federation waits for another bank; the others go on
+            except Exception as error:  # noqa: BLE001 - the other federations go on, and so does this one, later
                 metrics.AGGREGATIONS_FAILED.labels(self.name).inc()
                 _log.error("aggregation_failed", federation=self.name, round=self.round, exc_info=error)
-                await self.changes.wait(DISK_RETRY_SECONDS if is_disk_full(error) else None)
+                await self.changes.wait(AGGREGATION_RETRY_SECONDS)
         _log.info("federation_done", federation=self.name, release=self._version)
 
     async def _drive_round(self) -> None:
