@@ -46,6 +46,7 @@ class FakeSite:
     def __init__(
         self, channel: grpc.Channel, site: str, federation: str = "parts", space: FeatureSpace = SPACE
     ) -> None:
+        self.channel = channel
         self.rounds = federation_pb2_grpc.FederationServiceStub(channel)
         self.releases = release_pb2_grpc.ReleaseServiceStub(channel)
         self.federation, self.site, self.space = federation, site, space
