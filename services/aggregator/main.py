@@ -45,7 +45,7 @@ async def _serve(settings: AggregatorSettings) -> None:
     }
     servicer = FederationServicer(federations, state, arrays)
     try:
-        async with listening(settings, [servicer.service, publisher.service]) as readiness:
+        async with listening(settings, Role.AGGREGATOR, [servicer.service, publisher.service]) as readiness:
             await readiness.set(True)
             await run_until_stopped(*(federation.run() for federation in federations.values()))
     finally:
