@@ -1,0 +1,118 @@
+"""Valid messages and files made into such as nobody sane would send."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+_HUGE_VARINTS = (b"\xff" * 9 + b"\x01", b"\xff\xff\xff\xff\x07", b"\x80" * 9 + b"\x7f", b"\x80" * 12)
+_FLOATS = (0.0, -0.0, -1.0, 1e-45, 3e38, -3e38, float("inf"), float("-inf"), float("nan"))
+_TEXTS = ("", "\0", "..", "../../etc/passwd", "a/b", "a\nb", "\N{PILE OF POO}", "%s%n{0}", "'; DROP TABLE sites; --", "nan")
+_LONG = 100_000
+
+
+def mangled(message: Message, rng: random.Random) -> bytes:
+    """A message, on the wire, with some of its fields or of its bytes changed; now and then nothing of it is left."""
+    changed = type(message)()
+    changed.CopyFrom(message)
+    if rng.random() < 0.6:
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            make_hostile(changed, rng)
+    data = changed.SerializeToString()
+    return mangled_bytes(data, rng) if rng.random() < 0.6 else data
+
+
+def mangled_bytes(data: bytes, rng: random.Random) -> bytes:
+    """Bytes with bits flipped, cut, repeated, put in, or replaced altogether."""
+    changes: tuple[Callable[[bytes, random.Random], bytes], ...] = (_flip, _flip, _cut, _repeat, _insert, _nest, _replace)
+    return rng.choice(changes)(data, rng)
+
+
+def make_hostile(message: Message, rng: random.Random) -> None:
+    """Sets one field, somewhere in a message, to what is at the edge of its type or beyond sense."""
+    field = rng.choice(message.DESCRIPTOR.fields)
+    if field.is_repeated:
+        _make_repeated_hostile(message, field, rng)
+    elif field.message_type is None:
+        setattr(message, field.name, _hostile_value(field, rng))
+    elif rng.random() < 0.2:
+        message.ClearField(field.name)
+    else:
+        make_hostile(getattr(message, field.name), rng) if field.message_type.fields else None
+
+
+def _make_repeated_hostile(message: Message, field: FieldDescriptor, rng: random.Random) -> None:
+    values: Any = getattr(message, field.name)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        entry: Any = values[rng.choice((*_TEXTS, "site", "threshold"))]
+        make_hostile(entry, rng)
+    elif field.message_type is not None:
+        if values and rng.random() < 0.6:
+            make_hostile(rng.choice(values), rng)
+        elif rng.random() < 0.5:
+            message.ClearField(field.name)
+        else:
+            copies = [*values] or [values.add()]
+            values.extend(copies * rng.choice((1, 100)))
+    elif rng.random() < 0.3:
+        message.ClearField(field.name)
+    else:
+        values.extend([_hostile_value(field, rng)] * rng.choice((1, 3, 1000)))
+
+
+def _hostile_value(field: FieldDescriptor, rng: random.Random) -> Any:
+    types = FieldDescriptor
+    if field.type == types.TYPE_STRING:
+        return rng.choice((*_TEXTS, "x" * _LONG, "\N{PILE OF POO}" * _LONG))
+    if field.type == types.TYPE_BYTES:
+        return rng.choice((b"", b"\0" * 32, rng.randbytes(32), rng.randbytes(rng.randrange(1000)), b"\xff" * _LONG))
+    if field.type == types.TYPE_BOOL:
+        return rng.random() < 0.5
+    if field.type in (types.TYPE_FLOAT, types.TYPE_DOUBLE):
+        return rng.choice(_FLOATS)
+    if field.type == types.TYPE_ENUM:
+        return rng.choice((0, 1, 2, 99, -1, 2**31 - 1))
+    bits = 64 if "64" in _INTEGERS[field.type] else 32
+    least, most = (0, 2**bits - 1) if _INTEGERS[field.type].startswith(("uint", "fixed")) else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return rng.choice((least, most, max(least, -1), 0, 1, 2, 255, 65_536, rng.randint(least, most)))
+
+
+_INTEGERS = {
+    getattr(FieldDescriptor, f"TYPE_{name.upper()}"): name
+    for name in ("int32", "int64", "uint32", "uint64", "sint32", "sint64", "fixed32", "fixed64", "sfixed32", "sfixed64")
+}
+
+
+def _flip(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data or b"\0")
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def _cut(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data) + 1)]
+
+
+def _repeat(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    piece = data[start : start + rng.choice((1, 8, 64, 1024))]
+    return data[:start] + piece * rng.choice((2, 16, 256)) + data[start:]
+
+
+def _insert(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    piece = rng.choice((*_HUGE_VARINTS, rng.randbytes(rng.choice((1, 4, 32)))))
+    return data[:start] + piece + data[start + rng.choice((0, len(piece))) :]
+
+
+def _nest(data: bytes, rng: random.Random) -> bytes:
+    return data + bytes([rng.randrange(1, 16) << 3 | rng.choice((2, 3))]) * rng.choice((10, 200, 20_000))
+
+
+def _replace(_data: bytes, rng: random.Random) -> bytes:
+    return rng.randbytes(rng.choice((1, 2, 10, 100, 10_000)))
