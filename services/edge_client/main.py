@@ -46,7 +46,7 @@ async def _serve(settings: EdgeClientSettings, device: str) -> None:
     own = Identity(Role.INFERENCE, settings.site)
     publisher = Publisher(state.arrays, frozenset({Role.INFERENCE}), lambda who, _federation: who == own)
     with shown_progress() as progress:
-        async with listening(settings, [publisher.service]) as readiness:
+        async with listening(settings, Identity(Role.SITE, settings.site), [publisher.service]) as readiness:
             work = _take_part(settings, device, state, publisher, readiness, progress)
             await run_until_stopped(work, until_done=settings.once)
 

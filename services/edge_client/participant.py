@@ -36,8 +36,9 @@ from services.edge_client import metrics
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks
-from services.runtime.channels import TRANSIENT, UnreachableError, connected
+from services.runtime.channels import TRANSIENT, connected
 from services.runtime.errors import Refusal
+from services.runtime.identity import Role
 from services.runtime.logs import get_logger
 from services.runtime.messages import (
     feature_space_to_message,
@@ -46,6 +47,7 @@ from services.runtime.messages import (
     method_from_message,
 )
 from services.runtime.publisher import Publisher, download, pause
+from services.runtime.server_identity import UnreachableError
 
 _UploadCall = aio.StreamStreamCall[UploadBankRequest, UploadBankResponse]
 
@@ -101,7 +103,7 @@ class Participant:
         """
         while True:
             try:
-                async with connected(self._settings.aggregator, self._settings) as channel:
+                async with connected(self._settings.aggregator, self._settings, Role.AGGREGATOR) as channel:
                     if await self._take_part(_Aggregator(channel)):
                         return
             except aio.AioRpcError as error:

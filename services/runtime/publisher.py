@@ -27,11 +27,12 @@ from feddymem.v1.release_pb2 import (
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
 from services.runtime.changes import Changes
-from services.runtime.channels import UnreachableError, connected
+from services.runtime.channels import connected
 from services.runtime.errors import Refusal, as_refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
 from services.runtime.logs import get_logger
 from services.runtime.server import Service
+from services.runtime.server_identity import UnreachableError
 from services.runtime.settings import ClientSettings
 
 MAX_ARRAY_BYTES = 2**30
@@ -123,15 +124,17 @@ async def follow(
     federations: tuple[str, ...],
     arrays: ArrayStore,
     settings: ClientSettings,
+    role: Role,
     receive: Callable[[Release], Awaitable[None]],
 ) -> None:
     """Watches a publisher for ever: downloads the arrays of each release that comes, then hands it over.
 
-    Goes on where it was when the publisher or the line is gone for a while.
+    Goes on where it was when the publisher or the line is gone for a while. With TLS the publisher must have the role,
+    and a site be the own one.
     """
     while True:
         try:
-            async with connected(address, settings) as channel:
+            async with connected(address, settings, role) as channel:
                 stub = release_pb2_grpc.ReleaseServiceStub(channel)
                 async for response in stub.WatchReleases(WatchReleasesRequest(federations=federations)):
                     await download(stub, response.release.arrays, arrays, settings)
