@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from feddymem.client.tls import AUTHORITY, CERTIFICATE, KEY
 from services.cli.exit_codes import USAGE
-from services.runtime.array_store import sync_folder, write_atomically
+from services.runtime.files import sync_folder, write_atomically
 from services.runtime.identity import Identity, Role, identity_from_uri
 
 AUTHORITY_KEY = "ca.key"

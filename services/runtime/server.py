@@ -18,8 +18,8 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.runtime.array_store import write_atomically
 from services.runtime.channels import FAREWELL_SECONDS, MAX_MESSAGE_BYTES, SERVER_OPTIONS
+from services.runtime.files import write_atomically
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import get_logger
 from services.runtime.rpc import Access, Admission, RpcBoundary

@@ -139,10 +139,10 @@ class ClientSettings(ServiceSettings):
         default=600, gt=0, le=86_400, description="longest time for one upload or download; it resumes where it stopped"
     )
     retry_seconds: float = Field(
-        default=2,
+        default=30,
         gt=0,
-        le=300,
-        description="longest pause before a broken call is tried again; the real one is random below it",
+        le=3600,
+        description="longest pause before a broken call is tried again; pauses are random, and begin far below it",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; auto is CUDA where there is one"
