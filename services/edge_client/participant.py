@@ -139,9 +139,7 @@ class Participant:
     async def _react(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> bool:
         """Does what the state of the rounds asks of this site; whether the federation is done."""
         if event.phase == PHASE_OPEN and event.round != self._uploaded:
-            bank = self._state.bank()
-            if bank is None or (bank.round, bank.images) != (event.round, self._source.images):
-                bank = await self._make_bank(event, method, aggregator)
+            bank = self._kept_bank(event.round, method) or await self._make_bank(event, method, aggregator)
             await self._upload(bank, aggregator)
         if event.phase == PHASE_DONE:
             if method.generator and self._state.generator() is None:
@@ -149,6 +147,15 @@ class Participant:
             _log.info("federation_done", federation=self._settings.federation, rounds=event.round)
             return True
         return False
+
+    def _kept_bank(self, round_number: int, method: Method) -> BankHeader | None:
+        """The bank of a round, if it was made of these images already and its generator is kept, too."""
+        bank, generator = self._state.bank(), self._state.generator()
+        if bank is None or (bank.round, bank.images) != (round_number, self._source.images):
+            return None
+        if method.generator and (generator is None or generator.version != round_number):
+            return None
+        return bank
 
     async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None

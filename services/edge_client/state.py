@@ -52,15 +52,14 @@ class EdgeState:
     def put(self, bank: BankHeader, generator: Release | None) -> None:
         """Keeps a round's outcome; its arrays are in the store already.
 
-        The generator goes first: after a crash between the two, the round is computed anew from a generator that is one
-        pass further, which is as good; the other way round, the bank's generator would be lost.
+        The generator goes last: after a crash between the two, it is that of the round before, from which the same bank
+        is made again.
         """
+        write_atomically(self._bank, bank.SerializeToString(deterministic=True))
+        used = {array.sha256 for array in bank.arrays}
         if generator is not None:
             self.put_generator(generator)
-        write_atomically(self._bank, bank.SerializeToString(deterministic=True))
-        used = {array.sha256 for array in bank.arrays} | (
-            {array.sha256 for array in generator.arrays} if generator else set()
-        )
+            used |= {array.sha256 for array in generator.arrays}
         self.arrays.keep_only(used)
 
     def put_generator(self, generator: Release) -> None:
