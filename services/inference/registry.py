@@ -72,13 +72,15 @@ class Registry:
         self.changes = Changes()
 
     async def load(self) -> None:
-        """Takes what an earlier run left on disk.
+        """Takes what an earlier run left on disk, and removes what is of no use any more.
 
         A release that is damaged is discarded; it is fetched again when its publisher is there. One that this
         service has no backbone for is kept: the release is good, and the next start may have the right checkpoint.
         """
+        replaced = []
         for path in sorted(self._folder.glob("*.binpb")):
-            self._note(Release.FromString(path.read_bytes()))
+            replaced += self._note(Release.FromString(path.read_bytes()))
+        self._forget(replaced)
         for federation in sorted(self._memories):
             try:
                 await self._activate(federation)
