@@ -1,6 +1,6 @@
 """Whoever is killed, and whenever: after its restart all ends bit for bit as if nothing had happened.
 
-This is the part of the matrix that is tried on each change; `make soak` tries all of it.
+This is the part of the matrix that is tried on each change; `python -m tests.chaos.matrix` tries all of it.
 """
 
 from __future__ import annotations
