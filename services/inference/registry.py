@@ -74,8 +74,9 @@ class Registry:
         A release that this service has no backbone for is kept: it is good, and the next start may have the right
         checkpoint.
         """
-        for kept in await asyncio.to_thread(self._store.load):
-            self._note(kept)
+        found = await asyncio.to_thread(self._store.load)
+        # Also what a run that was killed had replaced, but not forgotten yet.
+        await self._forget([replaced for kept in found for replaced in self._note(kept)])
         for federation in sorted(self._memories):
             try:
                 await self._activate(federation)
@@ -105,8 +106,7 @@ class Registry:
                 self._memories, self._generators = before
                 raise
             await asyncio.to_thread(self._store.write, release)
-            used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
-            await asyncio.to_thread(self._store.forget, [r.release for r in replaced], [u.release for u in used])
+            await self._forget(replaced)
 
     def find(self, federation: str, site: str) -> Active:
         """What scores images of a site; both names may be empty where there is only one.
@@ -169,6 +169,10 @@ class Registry:
         by_version = sorted([*others, kept], key=lambda g: g.release.version)
         self._generators[release.federation, release.site] = by_version[-2:]
         return [*same, *by_version[:-2]]
+
+    async def _forget(self, replaced: list[Kept]) -> None:
+        used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
+        await asyncio.to_thread(self._store.forget, [r.release for r in replaced], [u.release for u in used])
 
     async def _activate(self, federation: str) -> None:
         memory = self._memories.get(federation)
