@@ -94,6 +94,10 @@ class MemoryBank:
         weights[:, first : first + self.origins] = self.weights
         return dataclasses.replace(self, weights=weights)
 
+    def only(self, chosen: NDArray[np.bool_]) -> MemoryBank:
+        """Some of the items, at least one: (n,) bool."""
+        return MemoryBank(self.items[chosen], self.weights[chosen], self.spreads[chosen])
+
     @staticmethod
     def concatenate(banks: list[MemoryBank]) -> MemoryBank:
         """All items of several banks of the same channels and origins, in the order given."""
