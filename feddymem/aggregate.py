@@ -4,16 +4,22 @@ coverage seeds, weights and spreads are ours).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import faiss
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import greedy_cover
+from feddymem.memory import FloatArray, MemoryBank
+from feddymem.memory_reduce import Places, greedy_cover
 
 _ITERATIONS = 10
+_FAIR_SHARES = 2.0
+"""Seeds of one origin, at most, in equal shares of the memory (docs/method.md, "Poisoned banks")."""
+_FEWEST_ORIGINS = 3
+"""With fewer, two equal shares are the whole memory."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,9 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
     spread takes in both the spreads of its parts and their distances to it. With `weighted`, items count in k-means as
     often as the patches behind them; without, each counts once, which keeps rare patches represented (docs/method.md).
 
+    Where they do not, an origin has at most `_FAIR_SHARES` equal shares of the seeds, whatever was uploaded. Once it
+    has them, its other items are left out; until then, they are no farther from the seeds than those of others (ours).
+
     Raises:
         ValueError: no banks, or banks of different numbers of channels or origins.
     """
@@ -58,12 +67,29 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
         min_points_per_centroid=1,
         max_points_per_centroid=len(pool),
     )
-    seeds = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]
+    seeds, kept = _seeds(pool, count)
     if len(seeds) < count:  # fewer distinct items than wanted
         kmeans.k = len(seeds)
+    pool = pool.only(kept)
     kmeans.train(pool.items, weights=pool.patches.astype(np.float32) if weighted else None, init_centroids=seeds)
     memory, inertia = _merge(pool, kmeans)
     return Aggregation(memory=memory, iterations=_ITERATIONS, inertia=inertia)
+
+
+def _seeds(pool: MemoryBank, count: int) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Where k-means starts, (k, channels), and which items of the pool take part in it, (items,)."""
+    items, kept = torch.from_numpy(pool.items), np.ones(len(pool), np.bool_)
+    if pool.origins < _FEWEST_ORIGINS:
+        return pool.items[greedy_cover(items, count).numpy()], kept
+    alone = (pool.weights > 0).sum(1) == 1
+    owners = np.where(alone, pool.weights.argmax(1), pool.origins)
+    places = np.full(pool.origins + 1, math.ceil(_FAIR_SHARES * count / pool.origins))
+    places[-1] = len(pool)  # items of several origins have no bound
+    picks = greedy_cover(items, count, places=Places(torch.from_numpy(owners), places.tolist())).numpy()
+    full = (np.bincount(owners[picks], minlength=len(places)) >= places) & (places < count)
+    kept[full[owners]] = False
+    kept[picks] = True
+    return pool.items[picks], kept
 
 
 def _merge(pool: MemoryBank, kmeans: faiss.Kmeans) -> tuple[MemoryBank, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from feddymem.aggregate import Aggregation, aggregate
@@ -13,12 +13,24 @@ from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import ItemType, Method
+from feddymem.outliers import Outlier, bounded, outlying
 from feddymem.patches import PatchSource
 
 MEMORY_TYPE: ItemType = "float16"
 """Element type of the global memory's items on the wire."""
 MAX_ORIGINS = 64
 """Bound of what origins cost in a release and in an inspection; sites beyond share origins."""
+
+
+@dataclass(frozen=True)
+class NextMemory(Aggregation):
+    """What the aggregator made of a round.
+
+    Attributes:
+        outliers: the outlying banks, which were left out.
+    """
+
+    outliers: tuple[Outlier, ...]
 
 
 @dataclass(frozen=True)
@@ -29,32 +41,45 @@ class FederatedMemory:
         memory: the global memory of the last round.
         generators: each site's memory generator after the last round; None where the method has none.
         bytes_sent: bytes of each site's banks on the wire, round by round.
+        outliers: the banks that were left out, round by round.
     """
 
     memory: MemoryBank
     generators: dict[str, MemoryGenerator | None]
     bytes_sent: dict[str, tuple[int, ...]]
+    outliers: tuple[tuple[Outlier, ...], ...]
 
 
 def next_memory(
-    memory: MemoryBank | None, banks: Mapping[str, MemoryBank], sites: Sequence[str], method: Method
-) -> Aggregation:
+    memory: MemoryBank | None,
+    banks: Mapping[str, MemoryBank],
+    sites: Sequence[str],
+    method: Method,
+    trusted: Collection[str] = (),
+) -> NextMemory:
     """The aggregator's part of a round: the memory that the round started from and the banks of the round, merged.
+
+    Outlying banks are left out; what the memory has of their sites already stays.
 
     Args:
         memory: the global memory that the round started from; None in the first round.
-        banks: the banks of the round, by the site's name.
+        banks: the banks of the round, by the site's name; those of banned sites must not be among them.
         sites: names of all sites of which the memory or the round has a bank. A site's place is its origin in the
             memory; it must stay the same from round to round. Beyond MAX_ORIGINS, sites share one.
         method: the federation's method. Origins may be switched off from a round on, but not on: what the memory has
             already would count as the first site's.
+        trusted: sites whose banks are merged even if they are outlying.
     """
     origins = min(len(sites), MAX_ORIGINS) if method.origins else 1
     if memory is not None and not method.origins:  # as where it was switched off between two rounds
         memory = dataclasses.replace(memory, weights=memory.weights.sum(1, keepdims=True))
+    outliers = outlying(banks, trusted)
+    left_out = {each.site for each in outliers}
+    merged = {site: bank for site, bank in sorted(bounded(banks).items()) if site not in left_out}
     parts = [] if memory is None else [memory.placed(0, origins)]
-    parts += [bank.placed(sites.index(site) % origins, origins) for site, bank in sorted(banks.items())]
-    return aggregate(parts, method.memory_items, method.seed, method.weighted)
+    parts += [bank.placed(sites.index(site) % origins, origins) for site, bank in merged.items()]
+    outcome = aggregate(parts, method.memory_items, method.seed, method.weighted)
+    return NextMemory(outcome.memory, outcome.iterations, outcome.inertia, outliers)
 
 
 def federate(
@@ -71,6 +96,7 @@ def federate(
     memory: MemoryBank | None = None
     generators: dict[str, MemoryGenerator | None] = dict.fromkeys(sites)
     bytes_sent: dict[str, tuple[int, ...]] = dict.fromkeys(sites, ())
+    outliers = []
     for round_number in range(1, method.rounds + 1):
         banks = {}
         for name, source in sorted(sites.items()):
@@ -78,6 +104,8 @@ def federate(
             generators[name] = update.generator
             banks[name] = as_received(update.bank, method.item_type)
             bytes_sent[name] += (method.bank_bytes(len(update.bank), update.bank.channels),)
-        memory = as_received(next_memory(memory, banks, sorted(sites), method).memory, MEMORY_TYPE)
+        merged = next_memory(memory, banks, sorted(sites), method)
+        memory = as_received(merged.memory, MEMORY_TYPE)
+        outliers.append(merged.outliers)
     assert memory is not None, "a method has at least one round"
-    return FederatedMemory(memory=memory, generators=generators, bytes_sent=bytes_sent)
+    return FederatedMemory(memory, generators, bytes_sent, tuple(outliers))

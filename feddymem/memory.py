@@ -105,6 +105,10 @@ class MemoryBank:
         left = weights.any(1)
         return MemoryBank(self.items[left], weights[left], self.spreads[left]) if left.any() else None
 
+    def only(self, chosen: NDArray[np.bool_]) -> MemoryBank:
+        """Some of the items, at least one: (n,) bool."""
+        return MemoryBank(self.items[chosen], self.weights[chosen], self.spreads[chosen])
+
     @staticmethod
     def concatenate(banks: list[MemoryBank]) -> MemoryBank:
         """All items of several banks of the same channels and origins, in the order given."""

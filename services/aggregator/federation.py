@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import feddymem
 from feddymem.feature_space import FeatureSpace
-from feddymem.federation import MAX_ORIGINS, MEMORY_TYPE, next_memory
-from feddymem.memory import InvalidBankError, MemoryBank
+from feddymem.federation import MAX_ORIGINS, MEMORY_TYPE, NextMemory, next_memory
+from feddymem.memory import InvalidBankError
+from feddymem.outliers import Outlier
 from feddymem.v1 import feature_space_pb2
 from feddymem.v1.federation_pb2 import (
     PHASE_AGGREGATING,
@@ -249,7 +250,7 @@ class Federation:
     def _seconds_to_wait(self) -> float:
         """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum."""
         banks = self._banks()
-        if sum(not bank.quarantine for bank in banks.values()) < self.settings.quorum:
+        if self._counted(banks) < self.settings.quorum:
             return float("inf")
         longest = max((s for site, s in self.members.waited_for().items() if site not in banks), default=0.0)
         return min(longest, self._seconds_left())
@@ -258,6 +259,9 @@ class Federation:
         """Banks of the open round whose sites may take part, those in quarantine among them."""
         banks = self._state.banks(self.name, self.round)
         return {site: bank for site, bank in banks.items() if self.members.counts(site)}
+
+    def _counted(self, banks: Mapping[str, AcceptedBank]) -> int:
+        return sum(not bank.quarantine or self.members.admitted(site) for site, bank in banks.items())
 
     def _seconds_left(self) -> float:
         opened = self._state.opened_round(self.name, self.round)
@@ -272,7 +276,7 @@ class Federation:
         if self.phase != PHASE_OPEN:
             return ""
         banks = self._banks()
-        counted = sum(not bank.quarantine for bank in banks.values())
+        counted = self._counted(banks)
         if counted < quorum:
             held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
             return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
@@ -284,22 +288,49 @@ class Federation:
         self.changes.notify()
         try:
             with metrics.AGGREGATION_SECONDS.labels(self.name).time():
-                release = await self._make_release(banks, opened)
+                merged = await self._merge(banks, opened)
+                self._quarantine(merged.outliers)
+                if len(banks) - len(merged.outliers) < self.settings.quorum:
+                    return
+                release = await self._make_release(merged, banks)
         finally:
             self._aggregating = False
+            self.changes.notify()
         self.releases.add(release)
         self._forget_banks()
+        metrics.BANKS_QUARANTINED.labels(self.name).inc(len(merged.outliers))
         metrics.ROUND_SECONDS.labels(self.name).observe(time.time() - opened.opened)
         _log.info("released", federation=self.name, version=release.version, sites=release.provenance.sites)
         self.changes.notify()
 
-    async def _make_release(self, banks: Mapping[str, AcceptedBank], opened: OpenedRound) -> Release:
+    async def _merge(self, banks: Mapping[str, AcceptedBank], opened: OpenedRound) -> NextMemory:
         sites = self._state.bank_sites(self.name)
-        merged = await asyncio.to_thread(self._merge, banks, self._banned_origins(sites), opened.base, sites)
-        wire = bank_to_wire(merged, MEMORY_TYPE)
+        banned, trusted = self._banned_origins(sites), {site for site in banks if self.members.admitted(site)}
+        method = self.settings.method
+
+        def merge() -> NextMemory:
+            received = {site: self.uploads.bank(bank.header) for site, bank in banks.items()}
+            memory = self.releases.memory(opened.base)
+            if memory is not None and banned:
+                memory = memory.without(banned)
+            return next_memory(memory, received, sites, method, trusted)
+
+        return await asyncio.to_thread(merge)
+
+    def _quarantine(self, outliers: Iterable[Outlier]) -> None:
+        """Writes which banks of the round do not count; all were judged anew, with those that have come since."""
+        reasons = {outlier.site: outlier.reason for outlier in outliers}
+        self._state.set_quarantine(self.name, self.round, reasons)
+        for site, reason in reasons.items():
+            _log.warning("bank_quarantined", federation=self.name, site=site, round=self.round, reason=reason)
+
+    async def _make_release(self, merged: NextMemory, banks: Mapping[str, AcceptedBank]) -> Release:
+        wire = bank_to_wire(merged.memory, MEMORY_TYPE)
         for array in wire:
             await asyncio.to_thread(self._arrays.put, array.manifest.sha256, array.data)
-        items = [next(a for a in bank.header.arrays if a.name == "items") for bank in banks.values()]
+        outliers = {outlier.site for outlier in merged.outliers}
+        headers = [bank.header for site, bank in banks.items() if site not in outliers]
+        items = [next(a for a in header.arrays if a.name == "items") for header in headers]
         release = Release(
             federation=self.name,
             version=self.round,
@@ -308,22 +339,16 @@ class Federation:
             arrays=[array.manifest for array in wire],
             needs_generator=self.settings.method.generator,
             provenance=Provenance(
-                sites=len(banks),
-                images=sum(bank.header.images for bank in banks.values()),
+                sites=len(headers),
+                images=sum(header.images for header in headers),
                 items=sum(array.shape[0] for array in items),
                 banks_sha256=sorted(hashlib.sha256(array.sha256).hexdigest() for array in items),
                 program_version=feddymem.__version__,
+                quarantined=len(outliers),
             ),
         )
         release.created.GetCurrentTime()
         return release
-
-    def _merge(self, banks: Mapping[str, AcceptedBank], banned: list[int], base: int, sites: list[str]) -> MemoryBank:
-        received = {site: self.uploads.bank(bank.header) for site, bank in banks.items()}
-        memory = self.releases.memory(base)
-        if memory is not None and banned:
-            memory = memory.without(banned)
-        return next_memory(memory, received, sites, self.settings.method).memory
 
     def _banned_origins(self, sites: list[str]) -> list[int]:
         """Origins of banned sites in the global memory; none where sites share origins, or it has only one."""

@@ -11,7 +11,7 @@ import grpc
 
 from feddymem.names import NAME_PATTERN, NAME_RULE
 from feddymem.v1.federation_pb2 import JoinRequest
-from feddymem.v1.operator_pb2 import STANDING_BANNED, STANDING_JUDGED, Standing
+from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED, STANDING_JUDGED, Standing
 from services.aggregator import metrics
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import Site, State
@@ -45,6 +45,10 @@ class Members:
     def counts(self, site: str) -> bool:
         """Whether a site may take part."""
         return self.listed(site) and self.standing(site) != STANDING_BANNED
+
+    def admitted(self, site: str) -> bool:
+        """Whether a site's banks count whatever those of others are like."""
+        return self.standing(site) == STANDING_ADMITTED
 
     def standing(self, site: str) -> Standing.ValueType:
         """How a site's banks are treated."""

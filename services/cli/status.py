@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from feddymem.client.tls import TlsError, channel_to
-from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase
+from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase, SiteStatus
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
-from feddymem.v1.operator_pb2 import Standing
+from feddymem.v1.operator_pb2 import STANDING_JUDGED, Standing
 from services.cli.exit_codes import OK, REFUSED, USAGE
 
 _TIMEOUT_SECONDS = 10
@@ -72,9 +72,16 @@ def _table(state: FederationStatus) -> Table:
             str(site.images),
             str(site.last_round or "-"),
             more + (", ".join(sent) or "-"),
-            f"quarantine: {site.quarantine}" if site.quarantine else standing_name(site.standing),
+            _treatment(site),
         )
     return table
+
+
+def _treatment(site: SiteStatus) -> str:
+    """How the site's banks are treated; of a judged one, why the last one was left out."""
+    if site.standing == STANDING_JUDGED and site.quarantine:
+        return f"quarantine: {site.quarantine}"
+    return standing_name(site.standing)
 
 
 def standing_name(standing: Standing.ValueType) -> str:
