@@ -32,7 +32,11 @@ RPC_SECONDS = Histogram(
     ["method"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 600),
 )
-RPCS_TOO_OFTEN = Counter("feddymem_rpcs_too_often_total", "RPCs refused because who called did too often.", ["method"])
+RPCS_OVER_LIMIT = Counter(
+    "feddymem_rpcs_over_limit_total",
+    "RPCs refused because who called has begun (limit rate) or holds open (limit open) too many.",
+    ["method", "limit"],
+)
 
 Admission = Callable[[aio.ServicerContext[Any, Any]], None]
 """Raises a `Refusal` where a request need not even be received."""
@@ -61,13 +65,16 @@ class RpcBoundary(aio.ServerInterceptor):
         access: who may call, by full name of a method; a method that is not there, nobody.
         admissions: of unary methods by full name; these may be called as often as they admit.
         rpcs_per_second: of all other methods together, by one identity or, without TLS, from one address.
+        open_rpcs: likewise, at once.
     """
 
     def __init__(
-        self, access: Mapping[str, Access], admissions: Mapping[str, Admission], rpcs_per_second: float
+        self, access: Mapping[str, Access], admissions: Mapping[str, Admission], rpcs_per_second: float, open_rpcs: int
     ) -> None:
-        self._access, self._admissions, self._rpcs_per_second = access, admissions, rpcs_per_second
+        self._access, self._admissions = access, admissions
+        self._rpcs_per_second, self._open_rpcs = rpcs_per_second, open_rpcs
         self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
+        self._open: Tally[str] = Tally()
         self._left_out: Tally[str] = Tally()
         self._busy: set[object] = set()
         self._changes = Changes()
@@ -138,9 +145,9 @@ class RpcBoundary(aio.ServerInterceptor):
         try:
             with bound_contextvars(request_id=request_id, method=method):
                 try:
-                    self._admit(method, context)
-                    async with _while_valid(context):
-                        yield
+                    with self._admitted(method, context):
+                        async with _while_valid(context):
+                            yield
                     code = grpc.StatusCode.OK
                 except aio.AbortError:  # health does so
                     code = _status(context.code())
@@ -155,8 +162,9 @@ class RpcBoundary(aio.ServerInterceptor):
             RPCS.labels(method, code.name).inc()
             RPC_SECONDS.labels(method).observe(time.perf_counter() - started)
 
-    def _admit(self, method: str, context: _Context) -> None:
-        """Refuses what can be refused before any of it is received."""
+    @contextmanager
+    def _admitted(self, method: str, context: _Context) -> Iterator[None]:
+        """An RPC that is not refused before any of it is received."""
         who = caller(context)
         allowed = self._access.get(method, Access())
         if who is not None and who.role not in allowed:
@@ -164,13 +172,22 @@ class RpcBoundary(aio.ServerInterceptor):
             raise denied(f"the certificate is that of {who}; {method} is for {roles}")
         if admit := self._admissions.get(method):
             admit(context)
-        elif not self._begun.take(_name(who, context)):
-            RPCS_TOO_OFTEN.labels(method).inc()
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"more than {self._rpcs_per_second:g} RPCs a second from here, over some time; call less often, "
-                "or have the operator of this service raise max_rpcs_per_second",
+            yield
+            return
+        name = _name(who, context)
+        if not self._begun.take(name):
+            raise _over_limit(
+                method, "rate", f"more than {self._rpcs_per_second:g} RPCs a second", "max_rpcs_per_second"
             )
+        if self._open[name] >= self._open_rpcs:
+            raise _over_limit(method, "open", f"more than {self._open_rpcs} RPCs at once", "max_open_rpcs")
+        self._open[name] += 1
+        try:
+            yield
+        finally:
+            self._open[name] -= 1
+            if not self._open[name]:
+                del self._open[name]
 
     def _refusal(self, method: str, context: _Context, error: Exception, request_id: str) -> Refusal:
         """What an error is answered with; logged once."""
@@ -201,6 +218,14 @@ class RpcBoundary(aio.ServerInterceptor):
         finally:
             self._busy.discard(call)
             self._changes.notify()
+
+
+def _over_limit(method: str, limit: str, what: str, setting: str) -> Refusal:
+    RPCS_OVER_LIMIT.labels(method, limit).inc()
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        f"{what} from here; do with fewer, or have the operator of this service raise {setting}",
+    )
 
 
 async def _requests_of(context: _Context, handler: Any) -> Any:

@@ -99,7 +99,7 @@ async def listening(
     admissions = {
         f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()
     }
-    boundary = RpcBoundary(access, admissions, settings.max_rpcs_per_second)
+    boundary = RpcBoundary(access, admissions, settings.max_rpcs_per_second, settings.max_open_rpcs)
     server = aio.server(
         interceptors=[boundary],
         options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],

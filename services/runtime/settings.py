@@ -98,6 +98,9 @@ class ServiceSettings(BaseSettings):
         description="RPCs that one identity or, without TLS, one address may begin in a second, on average over ten; "
         "single inspections do not count, they are refused where the queue is full",
     )
+    max_open_rpcs: int = Field(
+        default=256, ge=1, description="RPCs, streams above all, that one identity or address may have open; likewise"
+    )
     drain_seconds: float = Field(
         default=20, ge=0, le=600, description="time for requests in flight to finish after SIGTERM, before they are cut"
     )

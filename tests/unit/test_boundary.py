@@ -27,7 +27,7 @@ from services.runtime.errors import invalid
 from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 from services.runtime.rate import BURST_SECONDS, Rate
-from services.runtime.rpc import MAX_TEXT_BYTES, REQUEST_ID, RPCS, RPCS_TOO_OFTEN
+from services.runtime.rpc import MAX_TEXT_BYTES, REQUEST_ID, RPCS, RPCS_OVER_LIMIT
 from services.runtime.server import Service, listening
 from services.runtime.settings import ServiceSettings
 from tests.certificates import Authority
@@ -81,7 +81,9 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
 
 
 @asynccontextmanager
-async def served(folder: Path, tls_dir: Path | None = None, rate: float = 1000) -> AsyncIterator[str]:
+async def served(
+    folder: Path, tls_dir: Path | None = None, rate: float = 1000, open_rpcs: int = 100
+) -> AsyncIterator[str]:
     """The address of a server of releases, of which there are none, and of `Inspections`."""
     settings = ServiceSettings(
         listen="127.0.0.1:0",
@@ -91,6 +93,7 @@ async def served(folder: Path, tls_dir: Path | None = None, rate: float = 1000) 
         address_file=folder / "address.json",
         drain_seconds=0,
         max_rpcs_per_second=rate,
+        max_open_rpcs=open_rpcs,
     )
     publisher = Publisher(ArrayStore(folder / "arrays"), frozenset({Role.LINE}), lambda _who, _federation: True)
     with capture_logs() as lines:
@@ -220,7 +223,7 @@ async def test_a_flood_of_refusals_does_not_flood_the_log(tmp_path: Path) -> Non
 async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not(tmp_path: Path) -> None:
     authority, method = Authority(tmp_path / "authority"), f"{RELEASES}/DownloadArray"
     hub = authority.issue(Role.INFERENCE, "berlin")
-    before = RPCS_TOO_OFTEN.labels(method)._value.get()
+    before = RPCS_OVER_LIMIT.labels(method, "rate")._value.get()
     async with served(tmp_path, hub, rate=0.5) as address:
         async with async_channel_to(address, [], authority.issue(Role.LINE, "one")) as channel:
             ends = [await outcome(channel, method, DownloadArrayRequest().SerializeToString()) for _ in range(8)]
@@ -233,7 +236,22 @@ async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not
         async with async_channel_to(address, [], authority.issue(Role.LINE, "two")) as channel:
             code, _details, _id = await outcome(channel, method, b"")
             assert code is grpc.StatusCode.NOT_FOUND
-    assert RPCS_TOO_OFTEN.labels(method)._value.get() > before
+    assert RPCS_OVER_LIMIT.labels(method, "rate")._value.get() > before
+
+
+async def test_who_has_many_streams_open_gets_no_more_until_one_ends(tmp_path: Path) -> None:
+    async with served(tmp_path, open_rpcs=2) as address:  # noqa: SIM117 - the address is needed
+        async with aio.insecure_channel(address) as channel, aio.insecure_channel(address) as other:
+            watch: Any = channel.unary_stream(f"{HEALTH}/Watch")
+            watching = [watch(b"", timeout=SECONDS) for _ in range(2)]
+            for stream in watching:
+                assert await stream.read() is not aio.EOF
+            code, details, _id = await outcome(other, f"{HEALTH}/Check", b"")
+            assert (code, "more than 2 RPCs at once" in details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+            assert (await outcome(other, f"{INSPECTION}/Inspect", b""))[0] is grpc.StatusCode.OK
+            watching[0].cancel()
+            while (await outcome(other, f"{HEALTH}/Check", b""))[0] is not grpc.StatusCode.OK:
+                pass
 
 
 def test_a_rate_is_regained_by_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
