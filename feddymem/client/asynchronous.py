@@ -13,6 +13,7 @@ import grpc
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
 from feddymem.client.images import Image
+from feddymem.client.renewal import Renewed
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
 from feddymem.client.tls import async_channel_to
@@ -40,8 +41,8 @@ class AsyncInspectionClient:
         tls_dir: Path | None = None,
     ) -> None:
         self._settings = ClientSettings(federation, site, timeout_seconds, window)
-        self._channel = async_channel_to(server, inspection_options(attempts), tls_dir)
-        self._stub = InspectionServiceStub(self._channel)
+        options = inspection_options(attempts)
+        self._channels = Renewed(lambda: async_channel_to(server, options, tls_dir), tls_dir)
 
     async def __aenter__(self) -> AsyncInspectionClient:
         return self
@@ -53,7 +54,8 @@ class AsyncInspectionClient:
 
     async def close(self) -> None:
         """Closes the connection; inspections under way are cancelled."""
-        await self._channel.close()
+        for channel in self._channels.all():
+            await channel.close()
 
     async def inspect(self, image: Image, **wishes: Unpack[Wishes]) -> InspectionResult:
         """Inspects one image; a file is read, and pixels are packed, on another thread.
@@ -62,8 +64,9 @@ class AsyncInspectionClient:
             InspectionError: there is no result; its kind says why.
         """
         request = await asyncio.to_thread(self._settings.request, image, wishes)
+        stub = InspectionServiceStub(self._channels.channel())
         try:
-            return from_response(await self._stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+            return from_response(await stub.Inspect(request, timeout=self._settings.timeout(wishes)))
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

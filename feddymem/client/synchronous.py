@@ -12,6 +12,7 @@ import grpc
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
 from feddymem.client.images import Image
+from feddymem.client.renewal import Renewed
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
 from feddymem.client.tls import channel_to
@@ -32,7 +33,8 @@ class InspectionClient:
             1 to 5.
         window: images of one `inspect_many` that are under way at once, at most.
         tls_dir: folder with this program's certificate (tls.crt, tls.key) and the authority that must have issued the
-            service's (ca.crt); none: no TLS, for a service on this machine.
+            service's (ca.crt); none: no TLS, for a service on this machine. Renewed files are used from the next
+            call on.
 
     Raises:
         ValueError: a number that makes no sense.
@@ -55,8 +57,8 @@ class InspectionClient:
         tls_dir: Path | None = None,
     ) -> None:
         self._settings = ClientSettings(federation, site, timeout_seconds, window)
-        self._channel = channel_to(server, inspection_options(attempts), tls_dir)
-        self._stub = InspectionServiceStub(self._channel)
+        options = inspection_options(attempts)
+        self._channels = Renewed(lambda: channel_to(server, options, tls_dir), tls_dir)
 
     def __enter__(self) -> InspectionClient:
         return self
@@ -68,7 +70,8 @@ class InspectionClient:
 
     def close(self) -> None:
         """Closes the connection; inspections under way are cancelled."""
-        self._channel.close()
+        for channel in self._channels.all():
+            channel.close()
 
     def inspect(self, image: Image, **wishes: Unpack[Wishes]) -> InspectionResult:
         """Inspects one image.
@@ -77,8 +80,9 @@ class InspectionClient:
             InspectionError: there is no result; its kind says why.
         """
         request = self._settings.request(image, wishes)
+        stub = InspectionServiceStub(self._channels.channel())
         try:
-            return from_response(self._stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+            return from_response(stub.Inspect(request, timeout=self._settings.timeout(wishes)))
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

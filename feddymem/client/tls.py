@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,23 +45,35 @@ def channel_to(server: str, options: list[tuple[str, Any]], tls_dir: Path | None
     """A channel for programs without asyncio, with mutual TLS where there is a folder for it.
 
     Raises:
-        TlsError: see `read_tls`.
+        TlsError: see `read_tls`; or the key is not that of the certificate.
     """
     if tls_dir is None:
         return grpc.insecure_channel(server, options=options)
-    return grpc.secure_channel(server, credentials(read_tls(tls_dir)), options=options)
+    return grpc.secure_channel(server, _pair(tls_dir), options=options)
 
 
 def async_channel_to(server: str, options: list[tuple[str, Any]], tls_dir: Path | None) -> aio.Channel:
     """`channel_to` for asyncio."""
     if tls_dir is None:
         return aio.insecure_channel(server, options=options)
-    return aio.secure_channel(server, credentials(read_tls(tls_dir)), options=options)
+    return aio.secure_channel(server, _pair(tls_dir), options=options)
 
 
 def credentials(files: TlsFiles) -> grpc.ChannelCredentials:
     """What a channel needs to show these files' certificate and to believe their authority."""
     return grpc.ssl_channel_credentials(files.authority, files.key, files.certificate)
+
+
+def _pair(folder: Path) -> grpc.ChannelCredentials:
+    made = credentials(read_tls(folder))
+    try:  # gRPC would take what is no pair, and connect to nobody
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(folder / CERTIFICATE, folder / KEY, password="")
+    except (OSError, ValueError) as error:
+        raise TlsError(
+            f"{CERTIFICATE} and {KEY} in {folder} cannot be used together ({error}); issue both again, or wait while "
+            "they are being replaced; a key with a password will not do"
+        ) from error
+    return made
 
 
 def _read(path: Path) -> bytes:
