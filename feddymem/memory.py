@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,16 @@ class MemoryBank:
     def only(self, chosen: NDArray[np.bool_]) -> MemoryBank:
         """Some of the items, at least one: (n,) bool."""
         return MemoryBank(self.items[chosen], self.weights[chosen], self.spreads[chosen])
+
+    def without(self, origins: Collection[int]) -> MemoryBank | None:
+        """What is left when the patches of some origins are taken away; None if nothing is.
+
+        An item that other origins' patches are behind, too, stays where it is.
+        """
+        weights = self.weights.copy()
+        weights[:, [origin for origin in origins if origin < self.origins]] = 0
+        left = weights.any(1)
+        return MemoryBank(self.items[left], weights[left], self.spreads[left]) if left.any() else None
 
     @staticmethod
     def concatenate(banks: list[MemoryBank]) -> MemoryBank:

@@ -6,6 +6,7 @@ The rounds of a federation: spoken between edge clients (callers) and the aggreg
 from collections import abc as _abc
 from feddymem.v1 import array_pb2 as _array_pb2
 from feddymem.v1 import feature_space_pb2 as _feature_space_pb2
+from feddymem.v1 import operator_pb2 as _operator_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -215,12 +216,15 @@ class WatchRoundsResponse(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     """Phase of the round."""
     round: _builtins.int
     """Number of the current round, from 1; the last one when the federation is done."""
     seconds_left: _builtins.float
     """Seconds until the round closes with a quorum; 0 unless the phase is PHASE_OPEN."""
+    waits_for: _builtins.str
+    """What the round waits for, in words; empty when it waits for nothing."""
     @_builtins.property
     def memory(self) -> Global___GlobalMemory:
         """Global memory that this round starts from; unset in the first round."""
@@ -232,10 +236,11 @@ class WatchRoundsResponse(_message.Message):
         round: _builtins.int = ...,
         seconds_left: _builtins.float = ...,
         memory: Global___GlobalMemory | None = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "phase", b"phase", "round", b"round", "seconds_left", b"seconds_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "phase", b"phase", "round", b"round", "seconds_left", b"seconds_left", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,6 +523,9 @@ class FederationStatus(_message.Message):
     SITES_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     FEATURE_SPACE_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    RELEASE_HELD_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     """Name of the federation."""
     phase: Global___Phase.ValueType
@@ -528,6 +536,10 @@ class FederationStatus(_message.Message):
     """Banks that a round needs before it closes."""
     release: _builtins.int
     """Version of the active release; 0 if there is none."""
+    waits_for: _builtins.str
+    """What the round waits for, in words; empty when it waits for nothing."""
+    release_held: _builtins.bool
+    """Whether an operator has activated the active release, so that no later one takes its place."""
     @_builtins.property
     def method(self) -> Global___Method:
         """Method of the federation."""
@@ -540,6 +552,10 @@ class FederationStatus(_message.Message):
     def feature_space(self) -> _feature_space_pb2.FeatureSpace:
         """Feature space of the federation; unset until the first site has joined."""
 
+    @_builtins.property
+    def releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Versions of the releases that can be activated, oldest first."""
+
     def __init__(
         self,
         *,
@@ -551,10 +567,13 @@ class FederationStatus(_message.Message):
         sites: _abc.Iterable[Global___SiteStatus] | None = ...,
         release: _builtins.int = ...,
         feature_space: _feature_space_pb2.FeatureSpace | None = ...,
+        waits_for: _builtins.str = ...,
+        releases: _abc.Iterable[_builtins.int] | None = ...,
+        release_held: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["feature_space", b"feature_space", "method", b"method"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_space", b"feature_space", "federation", b"federation", "method", b"method", "phase", b"phase", "quorum", b"quorum", "release", b"release", "round", b"round", "sites", b"sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_space", b"feature_space", "federation", b"federation", "method", b"method", "phase", b"phase", "quorum", b"quorum", "release", b"release", "release_held", b"release_held", "releases", b"releases", "round", b"round", "sites", b"sites", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -571,6 +590,8 @@ class SiteStatus(_message.Message):
     LAST_ROUND_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     BYTES_PER_ROUND_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    QUARANTINE_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """Name of the site."""
     present: _builtins.bool
@@ -579,6 +600,10 @@ class SiteStatus(_message.Message):
     """Last round that a bank of the site was accepted in; 0 if none."""
     images: _builtins.int
     """Images that the site's bank was made from."""
+    standing: _operator_pb2.Standing.ValueType
+    """How the site's banks are treated."""
+    quarantine: _builtins.str
+    """Why the site's last bank was put in quarantine, in words; empty if it counts."""
     @_builtins.property
     def bytes_per_round(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Bytes that the site's accepted banks took to send, per round, oldest round first."""
@@ -591,10 +616,12 @@ class SiteStatus(_message.Message):
         last_round: _builtins.int = ...,
         images: _builtins.int = ...,
         bytes_per_round: _abc.Iterable[_builtins.int] | None = ...,
+        standing: _operator_pb2.Standing.ValueType = ...,
+        quarantine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_round", b"bytes_per_round", "images", b"images", "last_round", b"last_round", "present", b"present", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_round", b"bytes_per_round", "images", b"images", "last_round", b"last_round", "present", b"present", "quarantine", b"quarantine", "site", b"site", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

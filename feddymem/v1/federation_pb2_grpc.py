@@ -63,7 +63,8 @@ class FederationServiceServicer:
 
     def Join(self, request, context):
         """A site joins a federation, before anything else; idempotent for the same instance.
-        NOT_FOUND: unknown federation. PERMISSION_DENIED: the site is not on the federation's list.
+        NOT_FOUND: unknown federation, or one that the site is not on the list of: a site cannot tell which.
+        PERMISSION_DENIED: the site is banned.
         FAILED_PRECONDITION: another fingerprint (both are named, and what differs).
         ALREADY_EXISTS: another edge client takes part under this site's name right now.
         """
@@ -74,7 +75,7 @@ class FederationServiceServicer:
     def WatchRounds(self, request, context):
         """The state of the federation's rounds: the current one at once, then every change, until the caller
         leaves. While the stream is open the site counts as present. Same statuses as Join, and
-        FAILED_PRECONDITION when the site has not joined.
+        FAILED_PRECONDITION when the site has not joined, or has been removed since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,8 +86,8 @@ class FederationServiceServicer:
         with the offsets it already holds; the caller sends the missing chunks and half-closes; the server
         answers that the bank is accepted, and only after it is on disk. Nothing is kept of a refused bank.
         FAILED_PRECONDITION: the round is not open (a late bank), or another fingerprint. ALREADY_EXISTS: this
-        site's bank of this round is accepted and another one was sent. INVALID_ARGUMENT: NaN, infinite or
-        inconsistent items, or too many. DATA_LOSS: a bad checksum.
+        site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
+        under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

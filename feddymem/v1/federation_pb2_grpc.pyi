@@ -35,22 +35,23 @@ class FederationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> FederationServiceAsyncStub: ...
     Join: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinResponse]
     """A site joins a federation, before anything else; idempotent for the same instance.
-    NOT_FOUND: unknown federation. PERMISSION_DENIED: the site is not on the federation's list.
+    NOT_FOUND: unknown federation, or one that the site is not on the list of: a site cannot tell which.
+    PERMISSION_DENIED: the site is banned.
     FAILED_PRECONDITION: another fingerprint (both are named, and what differs).
     ALREADY_EXISTS: another edge client takes part under this site's name right now.
     """
     WatchRounds: _grpc.UnaryStreamMultiCallable[_federation_pb2.WatchRoundsRequest, _federation_pb2.WatchRoundsResponse]
     """The state of the federation's rounds: the current one at once, then every change, until the caller
     leaves. While the stream is open the site counts as present. Same statuses as Join, and
-    FAILED_PRECONDITION when the site has not joined.
+    FAILED_PRECONDITION when the site has not joined, or has been removed since.
     """
     UploadBank: _grpc.StreamStreamMultiCallable[_federation_pb2.UploadBankRequest, _federation_pb2.UploadBankResponse]
     """A site's reduced bank of one round. The caller sends one `BankHeader`; the server checks it and answers
     with the offsets it already holds; the caller sends the missing chunks and half-closes; the server
     answers that the bank is accepted, and only after it is on disk. Nothing is kept of a refused bank.
     FAILED_PRECONDITION: the round is not open (a late bank), or another fingerprint. ALREADY_EXISTS: this
-    site's bank of this round is accepted and another one was sent. INVALID_ARGUMENT: NaN, infinite or
-    inconsistent items, or too many. DATA_LOSS: a bad checksum.
+    site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
+    under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.GetStatusResponse]
     """What `feddymem status` shows. NOT_FOUND: unknown federation."""
@@ -62,22 +63,23 @@ class FederationServiceAsyncStub(FederationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Join: _aio.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinResponse]  # type: ignore[assignment]
     """A site joins a federation, before anything else; idempotent for the same instance.
-    NOT_FOUND: unknown federation. PERMISSION_DENIED: the site is not on the federation's list.
+    NOT_FOUND: unknown federation, or one that the site is not on the list of: a site cannot tell which.
+    PERMISSION_DENIED: the site is banned.
     FAILED_PRECONDITION: another fingerprint (both are named, and what differs).
     ALREADY_EXISTS: another edge client takes part under this site's name right now.
     """
     WatchRounds: _aio.UnaryStreamMultiCallable[_federation_pb2.WatchRoundsRequest, _federation_pb2.WatchRoundsResponse]  # type: ignore[assignment]
     """The state of the federation's rounds: the current one at once, then every change, until the caller
     leaves. While the stream is open the site counts as present. Same statuses as Join, and
-    FAILED_PRECONDITION when the site has not joined.
+    FAILED_PRECONDITION when the site has not joined, or has been removed since.
     """
     UploadBank: _aio.StreamStreamMultiCallable[_federation_pb2.UploadBankRequest, _federation_pb2.UploadBankResponse]  # type: ignore[assignment]
     """A site's reduced bank of one round. The caller sends one `BankHeader`; the server checks it and answers
     with the offsets it already holds; the caller sends the missing chunks and half-closes; the server
     answers that the bank is accepted, and only after it is on disk. Nothing is kept of a refused bank.
     FAILED_PRECONDITION: the round is not open (a late bank), or another fingerprint. ALREADY_EXISTS: this
-    site's bank of this round is accepted and another one was sent. INVALID_ARGUMENT: NaN, infinite or
-    inconsistent items, or too many. DATA_LOSS: a bad checksum.
+    site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
+    under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What `feddymem status` shows. NOT_FOUND: unknown federation."""
@@ -92,7 +94,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.JoinResponse, _abc.Awaitable[_federation_pb2.JoinResponse]]:
         """A site joins a federation, before anything else; idempotent for the same instance.
-        NOT_FOUND: unknown federation. PERMISSION_DENIED: the site is not on the federation's list.
+        NOT_FOUND: unknown federation, or one that the site is not on the list of: a site cannot tell which.
+        PERMISSION_DENIED: the site is banned.
         FAILED_PRECONDITION: another fingerprint (both are named, and what differs).
         ALREADY_EXISTS: another edge client takes part under this site's name right now.
         """
@@ -105,7 +108,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.WatchRoundsResponse], _abc.AsyncIterator[_federation_pb2.WatchRoundsResponse]]:
         """The state of the federation's rounds: the current one at once, then every change, until the caller
         leaves. While the stream is open the site counts as present. Same statuses as Join, and
-        FAILED_PRECONDITION when the site has not joined.
+        FAILED_PRECONDITION when the site has not joined, or has been removed since.
         """
 
     @_abc_1.abstractmethod
@@ -118,8 +121,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         with the offsets it already holds; the caller sends the missing chunks and half-closes; the server
         answers that the bank is accepted, and only after it is on disk. Nothing is kept of a refused bank.
         FAILED_PRECONDITION: the round is not open (a late bank), or another fingerprint. ALREADY_EXISTS: this
-        site's bank of this round is accepted and another one was sent. INVALID_ARGUMENT: NaN, infinite or
-        inconsistent items, or too many. DATA_LOSS: a bad checksum.
+        site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
+        under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
         """
 
     @_abc_1.abstractmethod

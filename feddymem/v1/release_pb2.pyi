@@ -171,6 +171,7 @@ class Provenance(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     BANKS_SHA256_FIELD_NUMBER: _builtins.int
     PROGRAM_VERSION_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
     sites: _builtins.int
     """Number of sites whose banks were merged."""
     images: _builtins.int
@@ -179,6 +180,8 @@ class Provenance(_message.Message):
     """Items of those banks, before k-means."""
     program_version: _builtins.str
     """Version of the program that made the release."""
+    quarantined: _builtins.int
+    """Number of sites whose banks were left out, because they were outliers."""
     @_builtins.property
     def banks_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """SHA-256, in hex, of the SHA-256 of each bank's items, sorted: who has a bank finds it here, and nobody can ask for
@@ -193,10 +196,11 @@ class Provenance(_message.Message):
         items: _builtins.int = ...,
         banks_sha256: _abc.Iterable[_builtins.str] | None = ...,
         program_version: _builtins.str = ...,
+        quarantined: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["banks_sha256", b"banks_sha256", "images", b"images", "items", b"items", "program_version", b"program_version", "sites", b"sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["banks_sha256", b"banks_sha256", "images", b"images", "items", b"items", "program_version", b"program_version", "quarantined", b"quarantined", "sites", b"sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

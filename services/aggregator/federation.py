@@ -1,25 +1,19 @@
-"""One federation at the aggregator: who takes part, which round is open, what its banks are merged to."""
+"""One federation at the aggregator: which round is open, what its banks are merged to."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-
-import grpc
-import numpy as np
+from pathlib import Path
 
 import feddymem
-from feddymem.aggregate import Aggregation
 from feddymem.feature_space import FeatureSpace
-from feddymem.federation import MEMORY_TYPE, next_memory
+from feddymem.federation import MAX_ORIGINS, MEMORY_TYPE, next_memory
 from feddymem.memory import InvalidBankError, MemoryBank
-from feddymem.names import NAME_PATTERN, NAME_RULE
 from feddymem.v1 import feature_space_pb2
-from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT32, Array, DataType
 from feddymem.v1.federation_pb2 import (
     PHASE_AGGREGATING,
     PHASE_DONE,
@@ -33,21 +27,22 @@ from feddymem.v1.federation_pb2 import (
     SiteStatus,
     WatchRoundsResponse,
 )
+from feddymem.v1.operator_pb2 import STANDING_BANNED, Standing
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Provenance, Release
 from services.aggregator import metrics
+from services.aggregator.banks import check_manifests, check_values
+from services.aggregator.members import Members
+from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
-from services.aggregator.state import AcceptedBank, Site, State
+from services.aggregator.state import AcceptedBank, OpenedRound, State
+from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import BANK_ARRAYS, ITEM_TYPES, bank_from_wire, bank_to_wire, check_manifest
+from services.runtime.arrays import bank_to_wire
 from services.runtime.changes import Changes
-from services.runtime.errors import Refusal, exists, invalid, precondition
+from services.runtime.errors import Refusal, exists, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
-from services.runtime.publisher import MAX_ARRAY_BYTES, Publisher
-
-_MAX_IMAGES = 10**9
-_MAX_VALUE = 60_000.0
-"""Largest absolute value of items and spreads: releases travel as float16, whose largest is 65,504."""
+from services.runtime.publisher import Publisher
 
 AGGREGATION_RETRY_SECONDS = 10
 """Pause before a round that failed is tried again: whoever has made room on the disk sees soon that it was enough."""
@@ -56,116 +51,77 @@ _log = get_logger()
 
 
 class Federation:
-    """Drives the rounds of one federation. Lives on one event loop; all its state is on disk."""
+    """Drives the rounds of one federation. Lives on one event loop; all its state is on disk.
+
+    Args:
+        name: its name.
+        settings: what the operator has set.
+        state: of this and other federations.
+        folder: for its banks.
+        arrays: for its releases, and those of others.
+        publisher: serves them.
+    """
 
     def __init__(
-        self, name: str, settings: FederationSettings, state: State, arrays: ArrayStore, publisher: Publisher
+        self,
+        name: str,
+        settings: FederationSettings,
+        state: State,
+        folder: Path,
+        arrays: ArrayStore,
+        publisher: Publisher,
     ) -> None:
         self.name, self.settings = name, settings
-        self._state, self._arrays, self._publisher = state, arrays, publisher
-        self._present: dict[str, tuple[str, int]] = {}
-        self._streams = 0
+        self._state, self._arrays = state, arrays
         self._aggregating = False
         self.changes = Changes()
-        releases = state.releases(name)
-        self._release = releases[-1] if releases else None
-        if self._release is not None:
-            publisher.publish(self._release)
+        self.members = Members(name, settings, state)
+        self.releases = Releases(name, settings, state, arrays, publisher)
+        self.uploads = Uploads(folder)
+        self._forget_banks()
 
     @property
     def phase(self) -> Phase.ValueType:
         """Where the federation stands."""
         if self._aggregating:
             return PHASE_AGGREGATING
-        if self._version >= self.settings.method.rounds:
+        if self.releases.newest >= self.settings.method.rounds:
             return PHASE_DONE
-        return PHASE_OPEN if len(self._state.sites(self.name)) >= self.settings.quorum else PHASE_WAITING
+        return PHASE_OPEN if len(self.members.joined) >= self.settings.quorum else PHASE_WAITING
 
     @property
     def round(self) -> int:
         """Number of the current round, from 1; the last one when the federation is done."""
-        return min(self._version + 1, self.settings.method.rounds)
-
-    @property
-    def _version(self) -> int:
-        return self._release.version if self._release is not None else 0
+        return min(self.releases.newest + 1, self.settings.method.rounds)
 
     def join(self, request: JoinRequest) -> None:
         """A site joins; see federation.proto."""
-        self._require_may_join(request.site)
-        _check_names(request)
-        self._check_alone(request.site, request.instance)
-        if not 1 <= request.images <= _MAX_IMAGES:
-            raise invalid(f"site {request.site!r} joins with {request.images} images; expected 1 to {_MAX_IMAGES}")
-        self._require_room_for(request.site)
-        space = feature_space_from_message(request.feature_space)
-        known = self._state.feature_space(self.name)
-        if known is None:
-            self._state.set_feature_space(self.name, request.feature_space)
-        else:
-            feature_space_from_message(known).require_same(space, f"federation {self.name!r}", f"site {request.site!r}")
-        self._state.put_site(self.name, Site(request.site, request.instance, request.images))
+        self.members.join(request)
         _log.info("site_joined", federation=self.name, site=request.site, images=request.images)
         self.changes.notify()
-
-    def _require_may_join(self, site: str) -> None:
-        if not self.may_join(site):
-            raise Refusal(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"site {site!r} is not on the list of federation {self.name!r}; ask its operator to add it",
-            )
-
-    def _require_room_for(self, site: str) -> None:
-        joined = self._state.sites(self.name)
-        if site not in joined and len(joined) >= self.settings.max_sites:
-            raise precondition(
-                f"federation {self.name!r} has its {self.settings.max_sites} sites; its operator can raise max_sites"
-            )
-
-    def may_join(self, site: str) -> bool:
-        """Whether a site may take part."""
-        return not self.settings.sites or site in self.settings.sites
 
     @contextmanager
     def presence(self, site: str, instance: str) -> Iterator[None]:
         """The site counts as present inside the block."""
-        self.require_joined(site, instance)
-        self._check_alone(site, instance)
-        self._streams += 1
-        stream = self._streams
-        self._present[site] = (instance, stream)
-        metrics.SITES_PRESENT.labels(self.name).set(len(self._present))
-        try:
-            yield
-        finally:
-            if self._present.get(site) == (instance, stream):  # not replaced by a newer stream of the same edge client
-                del self._present[site]
-            metrics.SITES_PRESENT.labels(self.name).set(len(self._present))
-
-    def require_joined(self, site: str, instance: str) -> None:
-        """Checks that an edge client speaks for a site that has joined.
-
-        Raises:
-            Refusal: FAILED_PRECONDITION if not; PERMISSION_DENIED where the site may not take part any more.
-        """
-        self._require_may_join(site)
-        joined = self._state.sites(self.name).get(site)
-        if joined is None or joined.instance != instance:
-            raise precondition(
-                f"site {site!r} has not joined federation {self.name!r} with this edge client; call Join first"
-            )
+        with self.members.presence(site, instance):
+            self.changes.notify()
+            try:
+                yield
+            finally:
+                self.changes.notify()
 
     def rounds(self) -> WatchRoundsResponse:
         """The state of the rounds, as sites are told it."""
         phase = self.phase
-        memory = None
-        if self._release is not None:
-            memory = GlobalMemory(version=self._release.version, arrays=self._release.arrays)
+        opened = self._state.opened_round(self.name, self.round)
+        during = opened if phase in (PHASE_OPEN, PHASE_AGGREGATING) else None
+        base = self.releases.find(self.releases.active if during is None else during.base)
         return WatchRoundsResponse(
             phase=phase,
             round=self.round,
             seconds_left=self._seconds_left() if phase == PHASE_OPEN else 0,
-            memory=memory,
+            memory=None if base is None else GlobalMemory(version=base.version, arrays=base.arrays),
+            waits_for=self._waits_for(),
         )
 
     def check_header(self, header: BankHeader) -> bool:
@@ -174,61 +130,82 @@ class Federation:
         Raises:
             Refusal: FAILED_PRECONDITION, ALREADY_EXISTS or INVALID_ARGUMENT; see federation.proto.
         """
-        self.require_joined(header.site, header.instance)
+        self.members.require_joined(header.site, header.instance)
         fingerprint = self._require_feature_space().fingerprint
         if header.fingerprint != fingerprint:
             raise precondition(
-                f"bank has fingerprint {header.fingerprint}, federation {self.name!r} has {fingerprint}; "
+                f"bank has fingerprint {header.fingerprint[:64]}, federation {self.name!r} has {fingerprint}; "
                 "call Join with the feature space of the bank to see what differs"
             )
         accepted = self._state.banks(self.name, header.round).get(header.site)
-        if accepted is not None:
-            if list(accepted.header.arrays) == list(header.arrays):
-                return True
-            raise exists(f"another bank of site {header.site!r} is accepted for round {header.round} already")
+        if accepted is not None and list(accepted.header.arrays) == list(header.arrays):
+            return True
         if self.phase != PHASE_OPEN or header.round != self.round:
             metrics.BANKS_REFUSED.labels(self.name, "late").inc()
             raise precondition(
                 f"round {header.round} of federation {self.name!r} is not open (round {self.round} is "
                 f"{Phase.Name(self.phase).removeprefix('PHASE_').lower()}); join its next round"
             )
-        self._check_manifests(header.arrays)
+        if accepted is not None:
+            raise exists(f"another bank of site {header.site!r} is accepted for round {header.round} already")
+        check_manifests(header.arrays, self.settings.method, self._space())
         return False
 
-    async def accept(self, header: BankHeader, received_bytes: int) -> None:
+    async def accept(self, header: BankHeader) -> None:
         """Checks the values of a bank whose arrays have all arrived, and counts it.
 
         Raises:
-            Refusal, InvalidBankError: as in check_header, or for values that no honest site would make; nothing is
-                kept then.
+            Refusal, InvalidBankError: as in check_header, or for values that no honest site would make.
         """
+        space = self._space()
         try:
-            bank = await asyncio.to_thread(self._checked_bank, header)
+            items = await asyncio.to_thread(self._check_values, header, space)
         except (Refusal, InvalidBankError):
             metrics.BANKS_REFUSED.labels(self.name, "invalid").inc()
             raise
         if self.check_header(header):  # again: the round may have closed, or another stream may have been first
             return
-        self._state.put_bank(AcceptedBank(header, received_bytes))
+        received = self.uploads.received_bytes(header)
+        self._state.put_bank(AcceptedBank(header, received))
         metrics.BANKS_ACCEPTED.labels(self.name).inc()
-        metrics.BANK_BYTES.labels(self.name).inc(received_bytes)
-        _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=len(bank))
+        metrics.BANK_BYTES.labels(self.name).inc(received)
+        _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=items)
+        self.changes.notify()
+
+    def activate(self, version: int) -> int:
+        """Activates a release, see operator.proto; the version that is active now."""
+        self.releases.activate(version)
+        return self.releases.active
+
+    def set_standing(self, site: str, standing: Standing.ValueType) -> None:
+        """Says how a site's banks are treated; see operator.proto."""
+        self.members.set_standing(site, standing)
+        self.changes.notify()
+
+    def remove(self, site: str) -> None:
+        """Forgets a site; see operator.proto."""
+        self.members.remove(site, self.releases.newest + 1)
+        self._forget_banks()
         self.changes.notify()
 
     def status(self, only: str | None = None) -> FederationStatus:
         """What `feddymem status` shows: of all sites, or of one only."""
+        last = self._state.last_banks(self.name)
+        known = self._state.sites(self.name)
         sites = []
-        for site in self._state.sites(self.name).values():
-            if only not in (None, site.name):
+        for name, site in known.items():
+            if only not in (None, name):
                 continue
-            sent = self._state.bytes_per_round(self.name, site.name)
+            last_round, quarantine = last.get(name, (0, ""))
             sites.append(
                 SiteStatus(
-                    site=site.name,
-                    present=site.name in self._present,
-                    last_round=max(sent, default=0),
+                    site=name,
+                    present=self.members.present(name),
+                    last_round=last_round,
                     images=site.images,
-                    bytes_per_round=sent.values(),
+                    bytes_per_round=self._state.bytes_per_round(self.name, name).values(),
+                    standing=self.members.standing(name),
+                    quarantine=quarantine,
                 )
             )
         return FederationStatus(
@@ -238,8 +215,11 @@ class Federation:
             method=method_to_message(self.settings.method),
             quorum=self.settings.quorum,
             sites=sites,
-            release=self._version,
+            release=self.releases.active,
             feature_space=self._state.feature_space(self.name),
+            waits_for=self._waits_for(),
+            releases=self.releases.versions,
+            release_held=self.releases.held,
         )
 
     async def run(self) -> None:
@@ -251,57 +231,78 @@ class Federation:
                 metrics.AGGREGATIONS_FAILED.labels(self.name).inc()
                 _log.error("aggregation_failed", federation=self.name, round=self.round, exc_info=error)
                 await self.changes.wait(AGGREGATION_RETRY_SECONDS)
-        _log.info("federation_done", federation=self.name, release=self._version)
+        _log.info("federation_done", federation=self.name, release=self.releases.newest)
 
     async def _drive_round(self) -> None:
+        """Opens a round, waits until it is complete and makes its release; or, where outliers leave too few banks,
+        returns, to be called again."""
         while self.phase == PHASE_WAITING:
             await self.changes.wait()
-        started = self._state.open_round(self.name, self.round)
+        opened = self._state.open_round(self.name, self.round, self.releases.active)
         metrics.ROUND.labels(self.name).set(self.round)
-        _log.info("round_open", federation=self.name, round=self.round)
+        _log.info("round_open", federation=self.name, round=self.round, base=opened.base)
         self.changes.notify()
-        while not self._complete(left := self._seconds_left()):
-            await self.changes.wait(left if left > 0 else None)
-        await self._aggregate(started)
+        while (seconds := self._seconds_to_wait()) > 0:
+            await self.changes.wait(None if seconds == float("inf") else seconds)
+        await self._aggregate(opened)
 
-    def _complete(self, seconds_left: float) -> bool:
+    def _seconds_to_wait(self) -> float:
+        """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum."""
+        banks = self._banks()
+        if sum(not bank.quarantine for bank in banks.values()) < self.settings.quorum:
+            return float("inf")
+        longest = max((s for site, s in self.members.waited_for().items() if site not in banks), default=0.0)
+        return min(longest, self._seconds_left())
+
+    def _banks(self) -> dict[str, AcceptedBank]:
+        """Banks of the open round whose sites may take part, those in quarantine among them."""
         banks = self._state.banks(self.name, self.round)
-        if len(banks) < self.settings.quorum:
-            return False
-        expected = self.settings.sites or self._state.sites(self.name)
-        return all(site in banks for site in expected) or seconds_left <= 0
+        return {site: bank for site, bank in banks.items() if self.members.counts(site)}
 
     def _seconds_left(self) -> float:
-        opened = self._state.open_round(self.name, self.round)
-        return max(0.0, opened + self.settings.round_deadline_seconds - time.time())
+        opened = self._state.opened_round(self.name, self.round)
+        elapsed = 0.0 if opened is None else time.time() - opened.opened
+        return max(0.0, self.settings.round_deadline_seconds - elapsed)
 
-    async def _aggregate(self, started: float) -> None:
-        number, banks = self.round, self._state.banks(self.name, self.round)
+    def _waits_for(self) -> str:
+        """Says what the round waits for; without names, because sites are told it, too."""
+        quorum = self.settings.quorum
+        if self.phase == PHASE_WAITING:
+            return f"{quorum - len(self.members.joined)} more to join, for the quorum of {quorum}"
+        if self.phase != PHASE_OPEN:
+            return ""
+        banks = self._banks()
+        counted = sum(not bank.quarantine for bank in banks.values())
+        if counted < quorum:
+            held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
+            return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
+        return f"banks of {sum(site not in banks for site in self.members.waited_for())} more sites"
+
+    async def _aggregate(self, opened: OpenedRound) -> None:
+        banks = self._banks()
         self._aggregating = True
         self.changes.notify()
         try:
             with metrics.AGGREGATION_SECONDS.labels(self.name).time():
-                release = await asyncio.to_thread(self._make_release, number, banks)
-            self._state.put_release(release)
-            self._release = release
+                release = await self._make_release(banks, opened)
         finally:
             self._aggregating = False
-        metrics.ROUND_SECONDS.labels(self.name).observe(time.time() - started)
-        metrics.MEMORY_ITEMS.labels(self.name).set(release.arrays[0].shape[0])
-        metrics.RELEASE.labels(self.name).set(release.version)
-        _log.info("released", federation=self.name, version=release.version, sites=len(banks))
-        self._publisher.publish(release)
+        self.releases.add(release)
+        self._forget_banks()
+        metrics.ROUND_SECONDS.labels(self.name).observe(time.time() - opened.opened)
+        _log.info("released", federation=self.name, version=release.version, sites=release.provenance.sites)
         self.changes.notify()
 
-    def _make_release(self, number: int, banks: dict[str, AcceptedBank]) -> Release:
-        merged = self._merge(banks)
-        wire = bank_to_wire(merged.memory, MEMORY_TYPE)
+    async def _make_release(self, banks: Mapping[str, AcceptedBank], opened: OpenedRound) -> Release:
+        sites = self._state.bank_sites(self.name)
+        merged = await asyncio.to_thread(self._merge, banks, self._banned_origins(sites), opened.base, sites)
+        wire = bank_to_wire(merged, MEMORY_TYPE)
         for array in wire:
-            self._arrays.put(array.manifest.sha256, array.data)
+            await asyncio.to_thread(self._arrays.put, array.manifest.sha256, array.data)
         items = [next(a for a in bank.header.arrays if a.name == "items") for bank in banks.values()]
         release = Release(
             federation=self.name,
-            version=number,
+            version=self.round,
             kind=RELEASE_KIND_GLOBAL_MEMORY,
             feature_space=self._state.feature_space(self.name),
             arrays=[array.manifest for array in wire],
@@ -317,25 +318,27 @@ class Federation:
         release.created.GetCurrentTime()
         return release
 
-    def _merge(self, banks: dict[str, AcceptedBank]) -> Aggregation:
-        memory = self._bank(self._release.arrays) if self._release is not None else None
-        received = {site: self._bank(bank.header.arrays) for site, bank in banks.items()}
-        return next_memory(memory, received, self._state.bank_sites(self.name), self.settings.method)
+    def _merge(self, banks: Mapping[str, AcceptedBank], banned: list[int], base: int, sites: list[str]) -> MemoryBank:
+        received = {site: self.uploads.bank(bank.header) for site, bank in banks.items()}
+        memory = self.releases.memory(base)
+        if memory is not None and banned:
+            memory = memory.without(banned)
+        return next_memory(memory, received, sites, self.settings.method).memory
 
-    def _bank(self, manifests: Iterable[Array]) -> MemoryBank:
-        return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in manifests)
+    def _banned_origins(self, sites: list[str]) -> list[int]:
+        """Origins of banned sites in the global memory; none where sites share origins, or it has only one."""
+        if not self.settings.method.origins or len(sites) > MAX_ORIGINS:
+            return []
+        return [origin for origin, site in enumerate(sites) if self.members.standing(site) == STANDING_BANNED]
 
-    def _checked_bank(self, header: BankHeader) -> MemoryBank:
-        bank = self._bank(header.arrays)
-        largest = float(np.abs(bank.items).max())
-        if largest > _MAX_VALUE or float(bank.spreads.max()) > _MAX_VALUE:
-            raise invalid(
-                f"items or spreads are larger than {_MAX_VALUE:g} (items up to {largest:g}); they must fit float16"
-            )
-        patches = header.images * self._space().patches
-        if float(bank.weights.max()) > patches:
-            raise invalid(f"largest weight is {bank.weights.max():g}; {header.images} images have {patches} patches")
-        return bank
+    def _forget_banks(self) -> None:
+        """Removes the arrays of banks that no round needs any more."""
+        self.uploads.keep_only(bank.header for bank in self._state.banks(self.name, self.releases.newest + 1).values())
+
+    def _check_values(self, header: BankHeader, space: FeatureSpace) -> int:
+        bank = self.uploads.bank(header)
+        check_values(bank, header.images, space)
+        return len(bank)
 
     def _space(self) -> FeatureSpace:
         return feature_space_from_message(self._require_feature_space())
@@ -345,40 +348,3 @@ class Federation:
         if space is None:
             raise precondition(f"no site has joined federation {self.name!r} yet; call Join first")
         return space
-
-    def _check_manifests(self, manifests: Iterable[Array]) -> None:
-        by_name = {manifest.name: manifest for manifest in manifests}
-        if sorted(manifest.name for manifest in manifests) != sorted(BANK_ARRAYS):
-            raise invalid(f"a memory bank has the arrays {', '.join(BANK_ARRAYS)}; got {', '.join(by_name) or 'none'}")
-        method, channels = self.settings.method, self._space().channels
-        items = by_name["items"]
-        count = items.shape[0] if items.shape else 0
-        if count > method.bank_items:
-            raise invalid(f"items has {count} rows; a bank of this federation has at most {method.bank_items}")
-        expected = {
-            "items": ([count, channels], ITEM_TYPES[method.item_type]),
-            "weights": ([count, 1], DATA_TYPE_FLOAT32),
-            "spreads": ([count], DATA_TYPE_FLOAT32),
-        }
-        for name, (shape, data_type) in expected.items():
-            manifest = by_name[name]
-            check_manifest(manifest, MAX_ARRAY_BYTES)
-            if (list(manifest.shape), manifest.data_type) != (shape, data_type):
-                raise invalid(
-                    f"{name} are {DataType.Name(manifest.data_type)} of shape {list(manifest.shape)}; "
-                    f"this federation takes {DataType.Name(data_type)} of shape {shape}"
-                )
-
-    def _check_alone(self, site: str, instance: str) -> None:
-        present = self._present.get(site)
-        if present is not None and present[0] != instance:
-            raise exists(
-                f"another edge client takes part as site {site!r} of federation {self.name!r} right now; "
-                "stop it first, or give this one another site name"
-            )
-
-
-def _check_names(request: JoinRequest) -> None:
-    for what, value in (("site", request.site), ("instance", request.instance)):
-        if not re.fullmatch(NAME_PATTERN, value):
-            raise invalid(f"{what} {value!r} must be {NAME_RULE}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from services.aggregator.federation import Federation
+from services.aggregator.operator_servicer import OperatorServicer
 from services.aggregator.servicer import FederationServicer
 from services.aggregator.settings import AggregatorSettings
-from services.aggregator.state import State
+from services.aggregator.state import BANKS, RELEASES, State
 from services.runtime.array_store import ArrayStore
 from services.runtime.hardware import configure_hardware
 from services.runtime.identity import Identity, Role
@@ -23,6 +24,7 @@ def main(args: list[str]) -> None:
     Raises:
         InvalidSettingsError: a setting is off.
         OSError: an address cannot be bound, or the state folder cannot be written.
+        ValueError: the state folder is that of another version.
     """
     settings = load_settings(AggregatorSettings, args)
     configure_logs(settings.log_format)
@@ -32,20 +34,24 @@ def main(args: list[str]) -> None:
 
 async def _serve(settings: AggregatorSettings) -> None:
     state = State(settings.state_dir)
-    arrays = ArrayStore(settings.state_dir / "arrays")
+    releases = ArrayStore(settings.state_dir / RELEASES)
+    kept = [release for name in state.federations for release in state.releases(name)]
+    releases.keep_only((array.sha256 for release in kept for array in release.arrays), keep_parts=False)
     federations: dict[str, Federation] = {}
 
     def may_read(who: Identity, federation: str) -> bool:
-        return who.role is Role.OPERATOR or (federation in federations and federations[federation].may_join(who.name))
+        return who.role is Role.OPERATOR or (
+            federation in federations and federations[federation].members.counts(who.name)
+        )
 
-    publisher = Publisher(arrays, frozenset({Role.SITE, Role.INFERENCE, Role.OPERATOR}), may_read)
+    publisher = Publisher(releases, frozenset({Role.SITE, Role.INFERENCE, Role.OPERATOR}), may_read)
     federations |= {
-        name: Federation(name, federation, state, arrays, publisher)
+        name: Federation(name, federation, state, settings.state_dir / BANKS / name, releases, publisher)
         for name, federation in settings.federations.items()
     }
-    servicer = FederationServicer(federations, state, arrays)
+    services = [FederationServicer(federations).service, OperatorServicer(federations).service, publisher.service]
     try:
-        async with listening(settings, [servicer.service, publisher.service]) as readiness:
+        async with listening(settings, services) as readiness:
             await readiness.set(True)
             await run_until_stopped(*(federation.run() for federation in federations.values()))
     finally:

@@ -17,6 +17,7 @@ AGGREGATION_SECONDS = Histogram(
 AGGREGATIONS_FAILED = Counter("feddymem_aggregations_failed_total", "Aggregations that failed.", _LABELS)
 BANKS_ACCEPTED = Counter("feddymem_banks_accepted_total", "Banks accepted.", _LABELS)
 BANKS_REFUSED = Counter("feddymem_banks_refused_total", "Banks refused, by reason.", [*_LABELS, "reason"])
+BANKS_QUARANTINED = Counter("feddymem_banks_quarantined_total", "Banks of closed rounds left out as outliers.", _LABELS)
 BANK_BYTES = Counter("feddymem_bank_received_bytes_total", "Bytes of accepted banks, as received.", _LABELS)
 SITES_PRESENT = Gauge("feddymem_sites_present", "Sites whose edge client is connected.", _LABELS)
 MEMORY_ITEMS = Gauge("feddymem_global_memory_items", "Items of the global memory.", _LABELS)

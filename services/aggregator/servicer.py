@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 from grpc import aio
 
-from feddymem.memory import InvalidBankError
 from feddymem.v1 import federation_pb2_grpc
-from feddymem.v1.array_pb2 import Array
 from feddymem.v1.federation_pb2 import (
     ArrayOffset,
     BankAccepted,
-    BankHeader,
     GetStatusRequest,
     GetStatusResponse,
     JoinRequest,
@@ -28,26 +22,19 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsResponse,
 )
 from services.aggregator.federation import Federation
-from services.aggregator.state import State
-from services.runtime.array_store import ArrayStore
+from services.aggregator.members import unknown_federation
 from services.runtime.audit import audited
-from services.runtime.errors import Refusal, invalid, not_found
+from services.runtime.errors import invalid
 from services.runtime.identity import Role, caller, require_site
 from services.runtime.messages import method_to_message
 from services.runtime.server import Service
-
-_RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS)
-"""Ends of an upload after which what has arrived is kept, because the caller goes on."""
 
 
 class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     """Serves all federations of this aggregator."""
 
-    def __init__(self, federations: dict[str, Federation], state: State, arrays: ArrayStore) -> None:
-        self._state = state
-        self._federations, self._arrays = federations, arrays
-        self._uploads: list[BankHeader] = []
-        self._received: Counter[tuple[str, str, int]] = Counter()
+    def __init__(self, federations: dict[str, Federation]) -> None:
+        self._federations = federations
 
     @property
     def service(self) -> Service:
@@ -65,7 +52,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         """See federation.proto."""
         with audited(context, "join", request.federation, request.site):
             require_site(context, request.site)
-            federation = self._federation(request.federation)
+            federation = self._federation(request.federation, request.site)
             federation.join(request)
         return JoinResponse(method=method_to_message(federation.settings.method))
 
@@ -74,10 +61,11 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     ) -> AsyncIterator[WatchRoundsResponse]:
         """See federation.proto."""
         require_site(context, request.site)
-        federation = self._federation(request.federation)
+        federation = self._federation(request.federation, request.site)
         with federation.presence(request.site, request.instance):
             told: tuple[int, int] | None = None
             while True:
+                federation.members.require_joined(request.site, request.instance)  # it may have been removed since
                 state = federation.rounds()
                 if told != (state.phase, state.round):
                     told = (state.phase, state.round)
@@ -95,71 +83,31 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         header = first.header
         with audited(context, "upload_bank", header.federation, header.site):
             require_site(context, header.site)
-            federation = self._federation(header.federation)
-            federation.check_header(header)
-            upload = (header.federation, header.site, header.round)
-            self._received[upload] += first.ByteSize()
-            yield UploadBankResponse(resume=self._offsets(header))
-            await self._take(header, request_iterator, federation)
-        yield UploadBankResponse(accepted=BankAccepted(received_bytes=self._received.pop(upload)))
+            federation = self._federation(header.federation, header.site)
+            accepted, uploads = federation.check_header(header), federation.uploads
+            uploads.count(header, first)
+            if accepted:
+                whole = (ArrayOffset(sha256=array.sha256, offset=array.size_bytes) for array in header.arrays)
+                yield UploadBankResponse(resume=ResumeOffsets(offsets=whole))
+            else:
+                with uploads.receiving(header):
+                    yield UploadBankResponse(resume=uploads.offsets(header))
+                    await uploads.receive(header, request_iterator)
+                    await federation.accept(header)
+        yield UploadBankResponse(accepted=BankAccepted(received_bytes=uploads.received_bytes(header)))
 
     async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
         """See federation.proto. A site is shown its own federations, and of their sites itself."""
         who = caller(context)
         site = who.name if who is not None and who.role is Role.SITE else None
-        chosen = [self._federation(request.federation)] if request.federation else self._federations.values()
-        return GetStatusResponse(
-            federations=[federation.status(site) for federation in chosen if site is None or federation.may_join(site)]
-        )
+        chosen = [self._federation(request.federation, site)] if request.federation else self._federations.values()
+        shown = [federation for federation in chosen if site is None or federation.members.listed(site)]
+        if request.federation and not shown:
+            raise unknown_federation(request.federation, site)
+        return GetStatusResponse(federations=[federation.status(site) for federation in shown])
 
-    async def _take(
-        self, header: BankHeader, requests: AsyncIterator[UploadBankRequest], federation: Federation
-    ) -> None:
-        """Receives a bank's arrays and has it counted; keeps nothing of one that is refused."""
-        self._uploads.append(header)
-        try:
-            await self._receive(header, requests)
-            await federation.accept(header, self._received[header.federation, header.site, header.round])
-        except (Refusal, InvalidBankError) as error:
-            if not (isinstance(error, Refusal) and error.status in _RESUMABLE):
-                self._discard(header)
-            raise
-        finally:
-            self._uploads.remove(header)
-
-    async def _receive(self, header: BankHeader, requests: AsyncIterator[UploadBankRequest]) -> None:
-        """Keeps chunks until all arrays of the header are whole."""
-        manifests: dict[bytes, Array] = {manifest.sha256: manifest for manifest in header.arrays}
-        async for request in requests:
-            self._received[header.federation, header.site, header.round] += request.ByteSize()
-            manifest = manifests.get(request.chunk.sha256)
-            if manifest is None:
-                raise invalid(
-                    f"chunk of array {request.chunk.sha256.hex() or 'without a sha256'}, which is not in the header"
-                )
-            await asyncio.to_thread(self._arrays.append, manifest, request.chunk)
-        missing = [manifest.name for sha256, manifest in manifests.items() if sha256 not in self._arrays]
-        if missing:
-            raise Refusal(
-                grpc.StatusCode.UNAVAILABLE,
-                f"the stream ended before all of {', '.join(missing)} had arrived; upload again to resume",
-            )
-
-    def _discard(self, header: BankHeader) -> None:
-        """Keeps nothing of a refused bank, but for arrays that another bank has too."""
-        kept = self._state.arrays_in_use()
-        kept |= {array.sha256 for other in self._uploads if other is not header for array in other.arrays}
-        for manifest in header.arrays:
-            if manifest.sha256 not in kept:
-                self._arrays.discard(manifest.sha256)
-
-    def _offsets(self, header: BankHeader) -> ResumeOffsets:
-        return ResumeOffsets(
-            offsets=[ArrayOffset(sha256=m.sha256, offset=self._arrays.held_bytes(m)) for m in header.arrays]
-        )
-
-    def _federation(self, name: str) -> Federation:
+    def _federation(self, name: str, site: str | None = None) -> Federation:
         try:
             return self._federations[name]
         except KeyError:
-            raise not_found(f"there is no federation {name[:63]!r} at this aggregator; check its name") from None
+            raise unknown_federation(name, site) from None

@@ -27,6 +27,14 @@ class FederationSettings(BaseModel):
         gt=0,
         description="time after which a round closes as soon as it has its quorum, whoever is missing",
     )
+    grace_seconds: float = Field(
+        default=300,
+        ge=0,
+        description="time that a round goes on waiting for the bank of a site that was there and has gone",
+    )
+    keep_releases: int = Field(
+        default=10, ge=1, le=1000, description="newest releases to keep for activation; the others are removed"
+    )
     method: Method = Field(default=Method(), description="how all sites run the method")
 
 

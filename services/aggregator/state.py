@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from feddymem.v1.feature_space_pb2 import FeatureSpace
 from feddymem.v1.federation_pb2 import BankHeader
+from feddymem.v1.operator_pb2 import STANDING_JUDGED, Standing
 from feddymem.v1.release_pb2 import Release
 
+DATABASE = "aggregator.sqlite3"
+RELEASES = "releases"
+"""Folder of the arrays of all releases, beside the database."""
+BANKS = "banks"
+"""Folder of a folder for each federation, with a folder for each site, with the arrays of its bank."""
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS federation (name TEXT PRIMARY KEY, feature_space BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS site (
     federation TEXT, name TEXT, instance TEXT NOT NULL, images INTEGER NOT NULL, PRIMARY KEY (federation, name)
 );
+CREATE TABLE IF NOT EXISTS standing (
+    federation TEXT, site TEXT, standing INTEGER NOT NULL, PRIMARY KEY (federation, site)
+);
 CREATE TABLE IF NOT EXISTS round (
-    federation TEXT, number INTEGER, opened REAL NOT NULL, PRIMARY KEY (federation, number)
+    federation TEXT, number INTEGER, opened REAL NOT NULL, base INTEGER NOT NULL, PRIMARY KEY (federation, number)
 );
 CREATE TABLE IF NOT EXISTS bank (
     federation TEXT, round INTEGER, site TEXT, header BLOB NOT NULL, received_bytes INTEGER NOT NULL,
-    PRIMARY KEY (federation, round, site)
+    quarantine TEXT NOT NULL DEFAULT '', PRIMARY KEY (federation, round, site)
 );
 CREATE TABLE IF NOT EXISTS release (
     federation TEXT, version INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version)
 );
+CREATE TABLE IF NOT EXISTS held (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
 """
 
 
@@ -36,7 +49,7 @@ class Site:
     Attributes:
         name: name of the site.
         instance: the edge client that speaks for it.
-        images: normal images behind its bank.
+        images: normal images that it has, as it said when it joined or with its last bank.
     """
 
     name: str
@@ -46,30 +59,64 @@ class Site:
 
 @dataclass(frozen=True)
 class AcceptedBank:
-    """A bank that counts in its round.
+    """A bank that was accepted for its round.
 
     Attributes:
-        header: the bank's header; its arrays are in the array store.
+        header: the bank's header; of closed rounds but the last, an empty one.
         received_bytes: bytes that it took to receive.
+        quarantine: why it does not count; empty if it does.
     """
 
     header: BankHeader
     received_bytes: int
+    quarantine: str = ""
+
+
+@dataclass(frozen=True)
+class OpenedRound:
+    """A round from its opening on.
+
+    Attributes:
+        opened: when, in seconds since the epoch.
+        base: version of the release that it starts from; 0 for none.
+    """
+
+    opened: float
+    base: int
 
 
 class State:
-    """Reads and writes; every write is on disk when it returns."""
+    """Reads and writes; every write is on disk when it returns.
+
+    Raises:
+        ValueError: the folder is that of another version of this program.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(folder / "aggregator.sqlite3", isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(folder / DATABASE, isolation_level=None, check_same_thread=False)
+        self._check_version(folder)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
+        self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
+
+    def _check_version(self, folder: Path) -> None:
+        [version] = self._db.execute("PRAGMA user_version").fetchone()
+        [tables] = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        if tables and version != _VERSION:
+            raise ValueError(
+                f"state_dir: {folder} holds state of form {version}, this version needs form {_VERSION}; give an empty "
+                "folder, and edge clients and inference services too"
+            )
 
     def close(self) -> None:
         """Closes the database."""
         self._db.close()
+
+    @property
+    def federations(self) -> list[str]:
+        """Names of the federations that a site has ever joined, whether they are served now or not."""
+        return [name for (name,) in self._db.execute("SELECT name FROM federation ORDER BY name")]
 
     def feature_space(self, federation: str) -> FeatureSpace | None:
         """The federation's feature space; None until a first site has joined."""
@@ -95,22 +142,55 @@ class State:
             "INSERT OR REPLACE INTO site VALUES (?, ?, ?, ?)", (federation, site.name, site.instance, site.images)
         )
 
-    def open_round(self, federation: str, number: int) -> float:
-        """Opens a round unless it is open; when it was opened, in seconds since the epoch."""
-        self._db.execute("INSERT OR IGNORE INTO round VALUES (?, ?, ?)", (federation, number, time.time()))
-        return float(
+    def remove_site(self, federation: str, site: str, round_number: int) -> None:
+        """A site has not joined any more, and its bank of a round was never there."""
+        with self._transaction():
+            self._db.execute("DELETE FROM site WHERE federation = ? AND name = ?", (federation, site))
             self._db.execute(
-                "SELECT opened FROM round WHERE federation = ? AND number = ?", (federation, number)
-            ).fetchone()[0]
-        )
+                "DELETE FROM bank WHERE federation = ? AND site = ? AND round = ?", (federation, site, round_number)
+            )
+
+    def standings(self, federation: str) -> dict[str, Standing.ValueType]:
+        """The sites whose standing is not STANDING_JUDGED."""
+        rows = self._db.execute("SELECT site, standing FROM standing WHERE federation = ?", (federation,))
+        return {site: Standing.ValueType(standing) for site, standing in rows}
+
+    def put_standing(self, federation: str, site: str, standing: Standing.ValueType) -> None:
+        """An operator has decided how a site's banks are treated."""
+        if standing == STANDING_JUDGED:
+            self._db.execute("DELETE FROM standing WHERE federation = ? AND site = ?", (federation, site))
+        else:
+            self._db.execute("INSERT OR REPLACE INTO standing VALUES (?, ?, ?)", (federation, site, standing))
+
+    def open_round(self, federation: str, number: int, base: int) -> OpenedRound:
+        """Opens a round that starts from a release, unless it is open; the round as it was opened."""
+        self._db.execute("INSERT OR IGNORE INTO round VALUES (?, ?, ?, ?)", (federation, number, time.time(), base))
+        opened = self.opened_round(federation, number)
+        assert opened is not None, "it has just been opened"
+        return opened
+
+    def opened_round(self, federation: str, number: int) -> OpenedRound | None:
+        """A round; None where it has not been opened yet."""
+        row = self._db.execute(
+            "SELECT opened, base FROM round WHERE federation = ? AND number = ?", (federation, number)
+        ).fetchone()
+        return OpenedRound(*row) if row else None
 
     def banks(self, federation: str, number: int) -> dict[str, AcceptedBank]:
         """Banks of a round, by site."""
         rows = self._db.execute(
-            "SELECT site, header, received_bytes FROM bank WHERE federation = ? AND round = ? ORDER BY site",
+            "SELECT site, header, received_bytes, quarantine FROM bank WHERE federation = ? AND round = ? "
+            "ORDER BY site",
             (federation, number),
         )
-        return {site: AcceptedBank(BankHeader.FromString(header), received) for site, header, received in rows}
+        return {site: AcceptedBank(BankHeader.FromString(header), *other) for site, header, *other in rows}
+
+    def last_banks(self, federation: str) -> dict[str, tuple[int, str]]:
+        """Of each site's last bank, the round and why it is in quarantine (empty if it is not)."""
+        rows = self._db.execute(
+            "SELECT site, MAX(round), quarantine FROM bank WHERE federation = ? GROUP BY site", (federation,)
+        )
+        return {site: (number, quarantine) for site, number, quarantine in rows}
 
     def bank_sites(self, federation: str) -> list[str]:
         """Sites that a bank was ever accepted of, in the order of their first rounds; new ones come last."""
@@ -128,35 +208,66 @@ class State:
         return dict(rows.fetchall())
 
     def put_bank(self, bank: AcceptedBank) -> None:
-        """A bank counts in its round from now on."""
+        """A bank is accepted for its round from now on."""
         header = bank.header
-        self._db.execute(
-            "INSERT INTO bank VALUES (?, ?, ?, ?, ?)",
-            (
-                header.federation,
-                header.round,
-                header.site,
-                header.SerializeToString(deterministic=True),
-                bank.received_bytes,
-            ),
-        )
+        values = header.SerializeToString(deterministic=True), bank.received_bytes
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO bank (federation, round, site, header, received_bytes) VALUES (?, ?, ?, ?, ?)",
+                (header.federation, header.round, header.site, *values),
+            )
+            self._db.execute(  # there may be more of them than when it joined
+                "UPDATE site SET images = ? WHERE federation = ? AND name = ?",
+                (header.images, header.federation, header.site),
+            )
 
-    def arrays_in_use(self) -> set[bytes]:
-        """Hashes of all arrays of accepted banks and releases."""
-        headers = [BankHeader.FromString(row[0]) for row in self._db.execute("SELECT header FROM bank")]
-        releases = [Release.FromString(row[0]) for row in self._db.execute("SELECT message FROM release")]
-        arrays = [array for header in headers for array in header.arrays]
-        arrays += [array for release in releases for array in release.arrays]
-        return {array.sha256 for array in arrays}
+    def set_quarantine(self, federation: str, number: int, reasons: Mapping[str, str]) -> None:
+        """Of a round's banks, those of these sites do not count, for these reasons; the others do."""
+        with self._transaction():
+            self._db.execute("UPDATE bank SET quarantine = '' WHERE federation = ? AND round = ?", (federation, number))
+            self._db.executemany(
+                "UPDATE bank SET quarantine = ? WHERE federation = ? AND round = ? AND site = ?",
+                [(reason, federation, number, site) for site, reason in reasons.items()],
+            )
 
     def releases(self, federation: str) -> list[Release]:
-        """All releases of a federation, oldest first."""
+        """All releases of a federation that are kept, oldest first."""
         rows = self._db.execute("SELECT message FROM release WHERE federation = ? ORDER BY version", (federation,))
         return [Release.FromString(row[0]) for row in rows]
 
     def put_release(self, release: Release) -> None:
-        """A release exists from now on; its arrays are in the store already."""
-        self._db.execute(
-            "INSERT INTO release VALUES (?, ?, ?)",
-            (release.federation, release.version, release.SerializeToString(deterministic=True)),
-        )
+        """A release exists from now on; its arrays are in the store already. Its round is closed."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO release VALUES (?, ?, ?)",
+                (release.federation, release.version, release.SerializeToString(deterministic=True)),
+            )
+            self._db.execute(  # the last round's stay: their senders may not have heard yet that they are accepted
+                "UPDATE bank SET header = x'' WHERE federation = ? AND round < ?",
+                (release.federation, release.version),
+            )
+
+    def prune_release(self, federation: str, version: int) -> None:
+        """A release cannot be had any more."""
+        self._db.execute("DELETE FROM release WHERE federation = ? AND version = ?", (federation, version))
+
+    def held(self, federation: str) -> int:
+        """Version of the release that an operator has activated; 0 where the newest is active."""
+        row = self._db.execute("SELECT version FROM held WHERE federation = ?", (federation,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def set_held(self, federation: str, version: int) -> None:
+        """An operator has activated a release; 0: the newest."""
+        self._db.execute("INSERT OR REPLACE INTO held VALUES (?, ?)", (federation, version))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of the block, or nothing of it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # SQLite itself takes back what found the disk full
+                self._db.execute("ROLLBACK")
+            raise

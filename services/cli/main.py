@@ -18,6 +18,7 @@ import typer
 import feddymem
 from services.cli.certs import certs
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
+from services.cli.operator import operator
 
 # OpenMP threads that wait shall sleep soon, not spin: torch's would hold the cores that OpenVINO's threads need, and
 # beside another busy process one forward pass took 2,000 ms instead of 45. Sleeping at once (0) makes torch's many
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(certs, name="certs")
+app.add_typer(operator, name="operator")
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _Server = Annotated[str, typer.Option(help="HOST:PORT of the service.")]
@@ -68,6 +70,21 @@ def inference(context: typer.Context) -> None:
     from services.inference.main import main as run
 
     _run_service(run, context.args)
+
+
+@app.command()
+def backup(
+    state_dir: Annotated[Path, typer.Argument(help="State folder of an aggregator, which may be running.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Copy an aggregator's state; to restore, start it with the copy as its state folder."""
+    from services.aggregator.backup import BackupError
+    from services.aggregator.backup import backup as run
+
+    try:
+        run(state_dir, target)
+    except (BackupError, OSError, ValueError) as error:
+        _fail(str(error), FAILED)
 
 
 @app.command()

@@ -12,10 +12,12 @@ from rich.table import Table
 from feddymem.client.tls import TlsError, channel_to
 from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
+from feddymem.v1.operator_pb2 import Standing
 from services.cli.exit_codes import OK, REFUSED, USAGE
 
 _TIMEOUT_SECONDS = 10
 """A person waits for the answer."""
+_ROUNDS_SHOWN = 5
 
 
 def status(server: str, tls_dir: Path | None, federation: str, as_json: bool) -> int:
@@ -53,15 +55,31 @@ def get_status(server: str, federation: str = "", tls_dir: Path | None = None) -
 
 
 def _table(state: FederationStatus) -> Table:
+    held = " (held)" if state.release_held else ""
+    waits = f", waits for {state.waits_for}" if state.waits_for else ""
     title = (
         f"{state.federation}: {phase_name(state.phase)}, round {state.round} of {state.method.rounds}, "
-        f"release {state.release or 'none'}, quorum {state.quorum}"
+        f"release {state.release or 'none'}{held}, quorum {state.quorum}{waits}"
     )
-    table = Table("site", "present", "images", "last round", "KiB per round", title=title)
+    kept = f"releases kept: {', '.join(map(str, state.releases)) or 'none'}"
+    table = Table("site", "present", "images", "last round", "KiB per round", "standing", title=title, caption=kept)
     for site in state.sites:
-        sent = ", ".join(f"{count / 1024:.1f}" for count in site.bytes_per_round) or "-"
-        table.add_row(site.site, "yes" if site.present else "no", str(site.images), str(site.last_round or "-"), sent)
+        sent = [f"{count / 1024:.1f}" for count in site.bytes_per_round[-_ROUNDS_SHOWN:]]
+        more = "... " if len(site.bytes_per_round) > _ROUNDS_SHOWN else ""
+        table.add_row(
+            site.site,
+            "yes" if site.present else "no",
+            str(site.images),
+            str(site.last_round or "-"),
+            more + (", ".join(sent) or "-"),
+            f"quarantine: {site.quarantine}" if site.quarantine else standing_name(site.standing),
+        )
     return table
+
+
+def standing_name(standing: Standing.ValueType) -> str:
+    """A standing in lower case: judged, admitted or banned."""
+    return Standing.Name(standing).removeprefix("STANDING_").lower()
 
 
 def phase_name(phase: Phase.ValueType) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from feddymem.v1.array_pb2 import Array, ArrayChunk
@@ -102,12 +103,13 @@ class ArrayStore:
             self._path(sha256).unlink(missing_ok=True)
             self._part(sha256).unlink(missing_ok=True)
 
-    def keep_only(self, wanted: set[bytes]) -> None:
-        """Removes every whole array that is not wanted any more."""
+    def keep_only(self, wanted: Iterable[bytes], keep_parts: bool = True) -> None:
+        """Removes every array that is not wanted any more; of those on their way only where `keep_parts` is false."""
         names = {sha256.hex() for sha256 in wanted}
-        for path in self._folder.iterdir():
-            if path.suffix == "" and path.name not in names:
-                path.unlink()
+        with self._lock:
+            for path in self._folder.iterdir():
+                if path.stem not in names and not (keep_parts and path.suffix):
+                    path.unlink(missing_ok=True)
 
     def _intact(self, part: Path, manifest: Array) -> bool:
         return hashlib.sha256(part.read_bytes()).digest() == manifest.sha256

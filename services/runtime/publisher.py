@@ -41,7 +41,7 @@ _log = get_logger()
 
 
 class Publisher(release_pb2_grpc.ReleaseServiceServicer):
-    """Serves the current release of each federation, and the arrays of all that it has published.
+    """Serves the current release of each federation, and its arrays.
 
     Args:
         arrays: where the arrays are; others in it are not served.
@@ -51,14 +51,19 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
 
     def __init__(self, arrays: ArrayStore, roles: frozenset[Role], may_read: Callable[[Identity, str], bool]) -> None:
         self._arrays, self._roles, self._may_read = arrays, roles, may_read
-        self._federations_of: dict[bytes, set[str]] = {}
+        self._served: dict[str, frozenset[bytes]] = {}
         self._current: dict[str, Release] = {}
         self._changes = Changes()
 
-    def publish(self, release: Release) -> None:
-        """Makes a release the current one of its federation; its arrays are in the store already."""
-        for array in release.arrays:
-            self._federations_of.setdefault(array.sha256, set()).add(release.federation)
+    def publish(self, release: Release, others: Iterable[Release] = ()) -> None:
+        """Makes a release the current one of its federation; its arrays are in the store already.
+
+        Args:
+            release: the release.
+            others: earlier ones of the federation, whose arrays are served, too.
+        """
+        served = {array.sha256 for each in (release, *others) for array in each.arrays}
+        self._served[release.federation] = frozenset(served)
         self._current[release.federation] = release
         self._changes.notify()
 
@@ -98,7 +103,8 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
     ) -> AsyncIterator[DownloadArrayResponse]:
         """See release.proto."""
         who = caller(context)
-        if not any(self._readable(who, name) for name in self._federations_of.get(request.sha256, ())):
+        federations = (name for name, served in self._served.items() if request.sha256 in served)
+        if not any(self._readable(who, federation) for federation in federations):
             raise not_found(f"no release that you may read has an array {request.sha256.hex()}; watch releases again")
         data = await asyncio.to_thread(self._arrays.read, request.sha256)
         if request.offset > len(data):

@@ -35,7 +35,7 @@ def make_bank(seed: int = 0, items: int = 20) -> MemoryBank:
     rng = np.random.default_rng(seed)
     return MemoryBank(
         items=rng.normal(size=(items, SPACE.channels)).astype(np.float32),
-        weights=rng.integers(1, 50, (items, 1)).astype(np.float32),
+        weights=rng.integers(1, 6, (items, 1)).astype(np.float32),
         spreads=rng.uniform(0, 1, items).astype(np.float32),
     )
 
@@ -46,6 +46,7 @@ class FakeSite:
     def __init__(
         self, channel: grpc.Channel, site: str, federation: str = "parts", space: FeatureSpace = SPACE
     ) -> None:
+        self.channel = channel
         self.rounds = federation_pb2_grpc.FederationServiceStub(channel)
         self.releases = release_pb2_grpc.ReleaseServiceStub(channel)
         self.federation, self.site, self.space = federation, site, space

@@ -128,7 +128,9 @@ def test_unknown_federation_and_unlisted_site_are_refused_by_name(channel: grpc.
     code, text = refused(FakeSite(channel, "a", "boats").join)
     assert (code, "'boats'" in text) == (grpc.StatusCode.NOT_FOUND, True)
     code, text = refused(FakeSite(channel, "stranger", federation).join)
-    assert (code, "'stranger'" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
+    assert (code, "'stranger'" in text) == (grpc.StatusCode.NOT_FOUND, True)
+    elsewhere = refused(FakeSite(channel, "stranger", "boats").join)
+    assert elsewhere == (code, text.replace(federation, "boats"))  # whether there is such a federation is not told
     code, _ = refused(lambda: FakeSite(channel, "a", federation).rounds.GetStatus(GetStatusRequest(federation="boats")))
     assert code == grpc.StatusCode.NOT_FOUND
 
@@ -375,9 +377,10 @@ def test_several_federations_do_not_mix(fleet: Fleet, tmp_path: Any) -> None:
         assert (status.phase, status.release) == (PHASE_OPEN, 0)
 
 
-def full_disk_for(running: RunningService, sha256: bytes) -> Path:
+def full_disk_for(running: RunningService, store: str, sha256: bytes) -> Path:
     """A part of an array that is /dev/full: writing it fails as on a full disk, until it is removed."""
-    link = running.log.parent / "state" / "arrays" / f"{sha256.hex()}.part"
+    link = running.log.parent / "state" / store / f"{sha256.hex()}.part"
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to("/dev/full")
     return link
 
@@ -386,7 +389,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_and_taken_when_it_does(start_a
     running = start_aggregator(quorum=1, sites=["a"], method=METHOD)
     bank = make_bank()
     items = bank_to_wire(bank, "float16")[0].manifest
-    full = full_disk_for(running, items.sha256)
+    full = full_disk_for(running, "banks/parts/a", items.sha256)
     with grpc.insecure_channel(running.grpc) as channel:
         site = FakeSite(channel, "a")
         site.join()
@@ -419,7 +422,7 @@ def test_a_release_that_does_not_fit_on_the_disk_is_made_when_it_does(
     settings = {"sites": ["a", "b"], "method": METHOD}
     expected = release_of(start_aggregator("roomy", **settings), lambda: None)
     running = start_aggregator("full", **settings)
-    full = full_disk_for(running, expected.arrays[0].sha256)
+    full = full_disk_for(running, "releases", expected.arrays[0].sha256)
     failed = '"event": "aggregation_failed"'
 
     def make_room() -> None:

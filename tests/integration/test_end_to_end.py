@@ -198,7 +198,7 @@ def test_a_client_that_only_knows_reflection_can_inspect(system: System, image: 
 
 def test_grpcurl_lists_every_service_of_every_server(system: System) -> None:
     expected = {
-        system.aggregator: ["feddymem.v1.FederationService", "feddymem.v1.ReleaseService"],
+        system.aggregator: [f"feddymem.v1.{name}Service" for name in ("Federation", "Operator", "Release")],
         system.edges["dim-hall"]: ["feddymem.v1.ReleaseService"],
         system.inference: ["feddymem.v1.InspectionService"],
     }

@@ -16,7 +16,7 @@ from feddymem.client import InspectionClient, NotServedError, UnavailableError
 from feddymem.client.tls import AUTHORITY, channel_to, read_tls
 from feddymem.datasets import SiteData
 from feddymem.openinference import open_inference_pb2
-from feddymem.v1 import federation_pb2, inspection_pb2, release_pb2
+from feddymem.v1 import federation_pb2, inspection_pb2, operator_pb2, release_pb2
 from feddymem.v1.federation_pb2 import (
     BankHeader,
     GetStatusRequest,
@@ -36,17 +36,18 @@ SECONDS = 30
 HERE, THERE = "brick-hall", "dim-hall"
 """The sites of the federation."""
 
-FEDERATION, RELEASES, INSPECTION, OPEN_INFERENCE = (
+FEDERATION, OPERATOR, RELEASES, INSPECTION, OPEN_INFERENCE = (
     file.services_by_name[name]
     for file, name in (
         (federation_pb2.DESCRIPTOR, "FederationService"),
+        (operator_pb2.DESCRIPTOR, "OperatorService"),
         (release_pb2.DESCRIPTOR, "ReleaseService"),
         (inspection_pb2.DESCRIPTOR, "InspectionService"),
         (open_inference_pb2.DESCRIPTOR, "GRPCInferenceService"),
     )
 )
 SERVED = {
-    "aggregator": (FEDERATION, RELEASES),
+    "aggregator": (FEDERATION, OPERATOR, RELEASES),
     f"edge-{HERE}": (RELEASES,),
     "inference": (INSPECTION, OPEN_INFERENCE),
 }
@@ -63,6 +64,9 @@ ALLOWED = {
     ("aggregator", "WatchRounds"): {Role.SITE},
     ("aggregator", "UploadBank"): {Role.SITE},
     ("aggregator", "GetStatus"): {Role.SITE, Role.OPERATOR},
+    ("aggregator", "ActivateRelease"): {Role.OPERATOR},
+    ("aggregator", "SetStanding"): {Role.OPERATOR},
+    ("aggregator", "RemoveSite"): {Role.OPERATOR},
     ("aggregator", "WatchReleases"): {Role.SITE, Role.INFERENCE, Role.OPERATOR},
     ("aggregator", "DownloadArray"): {Role.SITE, Role.INFERENCE, Role.OPERATOR},
     (f"edge-{HERE}", "WatchReleases"): {Role.INFERENCE},
@@ -230,16 +234,6 @@ def _download(channel: grpc.Channel, sha256: bytes) -> grpc.StatusCode:
     except grpc.RpcError:
         return call.code()
     return grpc.StatusCode.OK
-
-
-def test_a_bank_cannot_be_downloaded_although_its_hash_is_known(secure: Secure) -> None:
-    aggregator = secure.processes["aggregator"]
-    held = {bytes.fromhex(path.name) for path in (aggregator.log.parent / "state" / "arrays").iterdir()}
-    with channel_to(aggregator.grpc, [], secure.identity(Role.SITE, HERE)) as channel:
-        released = {array.sha256 for array in _release(channel).arrays}
-        assert released < held
-        assert {_download(channel, sha256) for sha256 in released} == {grpc.StatusCode.OK}
-        assert {_download(channel, sha256) for sha256 in held - released} == {grpc.StatusCode.NOT_FOUND}
 
 
 def test_who_is_not_of_the_federation_reads_none_of_its_releases(secure: Secure) -> None:

@@ -107,3 +107,14 @@ def test_concatenated_banks_keep_items_weights_and_spreads_in_order() -> None:
     np.testing.assert_array_equal(joined.items, np.concatenate([first.items, second.items]))
     assert joined.weights.tolist() == [[1], [2], [3], [1], [2]]
     assert joined.spreads.tolist() == [0, 0.5, 1, 0, 1]
+
+
+def test_origins_are_taken_away_with_the_items_that_nobody_else_has() -> None:
+    weights = np.array([[2, 0, 0], [0, 3, 0], [0, 4, 1]], np.float32)
+    bank = MemoryBank(np.arange(6, dtype=np.float32).reshape(3, 2), weights, np.ones(3, np.float32))
+    left = bank.without([1, 7])
+    assert left is not None
+    np.testing.assert_array_equal(left.items, bank.items[[0, 2]])
+    np.testing.assert_array_equal(left.weights, [[2, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(bank.weights, weights)
+    assert bank.without([0, 1, 2]) is None

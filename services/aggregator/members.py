@@ -1,0 +1,164 @@
+"""The sites of one federation: who may take part, who has joined, who is there."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from feddymem.names import NAME_PATTERN, NAME_RULE
+from feddymem.v1.federation_pb2 import JoinRequest
+from feddymem.v1.operator_pb2 import STANDING_BANNED, STANDING_JUDGED, Standing
+from services.aggregator import metrics
+from services.aggregator.settings import FederationSettings
+from services.aggregator.state import Site, State
+from services.runtime.errors import Refusal, exists, invalid, not_found, precondition
+from services.runtime.identity import denied
+from services.runtime.messages import feature_space_from_message
+
+_MAX_IMAGES = 10**9
+
+
+class Members:
+    """Keeps the sites of a federation. Presence is known to this process only, everything else is on disk."""
+
+    def __init__(self, name: str, settings: FederationSettings, state: State) -> None:
+        self._name, self._settings, self._state = name, settings, state
+        self._present: dict[str, tuple[str, int]] = {}
+        self._streams = 0
+        # Whether a site that was there before a restart comes back is not known yet.
+        self._left = dict.fromkeys(self.joined, time.monotonic())
+        metrics.SITES_PRESENT.labels(name).set(0)
+
+    @property
+    def joined(self) -> dict[str, Site]:
+        """Sites that have joined, are on the list and not banned, by name."""
+        return {name: site for name, site in self._state.sites(self._name).items() if self.counts(name)}
+
+    def listed(self, site: str) -> bool:
+        """Whether a site is one of the federation's."""
+        return not self._settings.sites or site in self._settings.sites
+
+    def counts(self, site: str) -> bool:
+        """Whether a site may take part."""
+        return self.listed(site) and self.standing(site) != STANDING_BANNED
+
+    def standing(self, site: str) -> Standing.ValueType:
+        """How a site's banks are treated."""
+        return self._state.standings(self._name).get(site, STANDING_JUDGED)
+
+    def present(self, site: str) -> bool:
+        """Whether a site's edge client is connected."""
+        return site in self._present
+
+    def join(self, request: JoinRequest) -> None:
+        """A site joins; see federation.proto."""
+        self._require_counts(request.site)
+        for what, value in (("site", request.site), ("instance", request.instance)):
+            if not re.fullmatch(NAME_PATTERN, value):
+                raise invalid(f"{what} {value!r} must be {NAME_RULE}")
+        self._check_alone(request.site, request.instance)
+        if not 1 <= request.images <= _MAX_IMAGES:
+            raise invalid(f"site {request.site!r} joins with {request.images} images; expected 1 to {_MAX_IMAGES}")
+        self._require_room_for(request.site)
+        space = feature_space_from_message(request.feature_space)
+        known = self._state.feature_space(self._name)
+        if known is None:
+            self._state.set_feature_space(self._name, request.feature_space)
+        else:
+            ours = feature_space_from_message(known)
+            ours.require_same(space, f"federation {self._name!r}", f"site {request.site!r}")
+        self._state.put_site(self._name, Site(request.site, request.instance, request.images))
+        self._left.setdefault(request.site, time.monotonic())
+
+    def require_joined(self, site: str, instance: str) -> None:
+        """Checks that an edge client speaks for a site that has joined.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION if not; NOT_FOUND or PERMISSION_DENIED where the site may not take part any
+                more.
+        """
+        self._require_counts(site)
+        joined = self.joined.get(site)
+        if joined is None or joined.instance != instance:
+            raise precondition(
+                f"site {site!r} has not joined federation {self._name!r} with this edge client; call Join first"
+            )
+
+    @contextmanager
+    def presence(self, site: str, instance: str) -> Iterator[None]:
+        """The site counts as present inside the block."""
+        self.require_joined(site, instance)
+        self._check_alone(site, instance)
+        self._streams += 1
+        stream = self._streams
+        self._present[site] = (instance, stream)
+        self._left.pop(site, None)
+        metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
+        try:
+            yield
+        finally:
+            if self._present.get(site) == (instance, stream):  # not replaced by a newer stream of the same edge client
+                del self._present[site]
+                self._left[site] = time.monotonic()
+            metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
+
+    def waited_for(self) -> dict[str, float]:
+        """Sites whose banks a round waits for, and how much longer, in seconds, for each of them.
+
+        For one that is there, or has not come yet, for as long as the round; for one that has gone, `grace_seconds`.
+        """
+        now = time.monotonic()
+        names = [site for site in self._settings.sites or self.joined if self.counts(site)]
+        ends = {site: self._left[site] + self._settings.grace_seconds - now for site in names if site in self._left}
+        return {site: ends.get(site, float("inf")) for site in names if ends.get(site, 1) > 0}
+
+    def set_standing(self, site: str, standing: Standing.ValueType) -> None:
+        """See operator.proto."""
+        if not re.fullmatch(NAME_PATTERN, site):
+            raise invalid(f"site {site!r} must be {NAME_RULE}")
+        if standing not in Standing.values()[1:]:
+            raise invalid(f"standing is {standing}; expected JUDGED (1), ADMITTED (2) or BANNED (3)")
+        self._state.put_standing(self._name, site, standing)
+
+    def remove(self, site: str, round_number: int) -> None:
+        """See operator.proto."""
+        if site not in self._state.sites(self._name):
+            raise not_found(f"no site {site[:63]!r} has joined federation {self._name!r}; see `feddymem status`")
+        self._state.remove_site(self._name, site, round_number)
+        self._left.pop(site, None)
+
+    def _require_counts(self, site: str) -> None:
+        if not self.listed(site):
+            raise unknown_federation(self._name, site)
+        if not self.counts(site):
+            raise denied(f"site {site!r} is banned from federation {self._name!r}; ask its operator")
+
+    def _require_room_for(self, site: str) -> None:
+        joined = self._state.sites(self._name)
+        if site not in joined and len(joined) >= self._settings.max_sites:
+            raise precondition(
+                f"federation {self._name!r} has its {self._settings.max_sites} sites; its operator can raise max_sites"
+            )
+
+    def _check_alone(self, site: str, instance: str) -> None:
+        present = self._present.get(site)
+        if present is not None and present[0] != instance:
+            raise exists(
+                f"another edge client takes part as site {site!r} of federation {self._name!r} right now; "
+                "stop it first, or give this one another site name"
+            )
+
+
+def unknown_federation(name: str, site: str | None = None) -> Refusal:
+    """The same where there is no such federation and where a site is not on its list: it must not learn which."""
+    if site is None:
+        return not_found(f"there is no federation {name[:63]!r} at this aggregator; check its name")
+    return Refusal(
+        grpc.StatusCode.NOT_FOUND,
+        f"there is no federation {name[:63]!r} for site {site[:63]!r} at this aggregator; check both names, or ask its "
+        "operator to put the site on its list",
+    )

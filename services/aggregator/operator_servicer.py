@@ -1,0 +1,66 @@
+"""What operators decide: a thin adapter over the federations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpc import aio
+
+from feddymem.v1 import operator_pb2_grpc
+from feddymem.v1.operator_pb2 import (
+    ActivateReleaseRequest,
+    ActivateReleaseResponse,
+    RemoveSiteRequest,
+    RemoveSiteResponse,
+    SetStandingRequest,
+    SetStandingResponse,
+    Standing,
+)
+from services.aggregator.federation import Federation
+from services.aggregator.members import unknown_federation
+from services.runtime.audit import audited
+from services.runtime.identity import Role
+from services.runtime.server import Service
+
+_Context = aio.ServicerContext[Any, Any]
+
+
+class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
+    """Serves all federations of this aggregator."""
+
+    def __init__(self, federations: dict[str, Federation]) -> None:
+        self._federations = federations
+
+    @property
+    def service(self) -> Service:
+        """What a server needs to serve this."""
+        return Service(
+            "feddymem.v1.OperatorService",
+            lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(self, server),
+            access=dict.fromkeys(("ActivateRelease", "SetStanding", "RemoveSite"), frozenset({Role.OPERATOR})),
+        )
+
+    async def ActivateRelease(self, request: ActivateReleaseRequest, context: _Context) -> ActivateReleaseResponse:
+        """See operator.proto."""
+        with audited(context, f"activate_release {request.version or 'newest'}", request.federation):
+            version = self._federation(request.federation).activate(request.version)
+        return ActivateReleaseResponse(version=version)
+
+    async def SetStanding(self, request: SetStandingRequest, context: _Context) -> SetStandingResponse:
+        """See operator.proto."""
+        action = f"set_{Standing.Name(request.standing).lower()}" if request.standing in Standing.values() else "set_?"
+        with audited(context, action, request.federation, request.site):
+            self._federation(request.federation).set_standing(request.site, request.standing)
+        return SetStandingResponse()
+
+    async def RemoveSite(self, request: RemoveSiteRequest, context: _Context) -> RemoveSiteResponse:
+        """See operator.proto."""
+        with audited(context, "remove_site", request.federation, request.site):
+            self._federation(request.federation).remove(request.site)
+        return RemoveSiteResponse()
+
+    def _federation(self, name: str) -> Federation:
+        try:
+            return self._federations[name]
+        except KeyError:
+            raise unknown_federation(name) from None

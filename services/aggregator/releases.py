@@ -1,0 +1,93 @@
+"""The releases of one federation: which there are, which is active, which go."""
+
+from __future__ import annotations
+
+from feddymem.memory import MemoryBank
+from feddymem.v1.release_pb2 import Release
+from services.aggregator import metrics
+from services.aggregator.settings import FederationSettings
+from services.aggregator.state import State
+from services.runtime.array_store import ArrayStore
+from services.runtime.arrays import bank_from_wire
+from services.runtime.errors import not_found
+from services.runtime.publisher import Publisher
+
+
+class Releases:
+    """Keeps a federation's newest releases, and the active one."""
+
+    def __init__(
+        self, name: str, settings: FederationSettings, state: State, arrays: ArrayStore, publisher: Publisher
+    ) -> None:
+        self._name, self._settings, self._state = name, settings, state
+        self._arrays, self._publisher = arrays, publisher
+        self._kept = {release.version: release for release in state.releases(name)}
+        self._publish()
+
+    @property
+    def versions(self) -> list[int]:
+        """Versions that can be activated, oldest first."""
+        return sorted(self._kept)
+
+    @property
+    def newest(self) -> int:
+        """Version of the newest release, which is the number of the last closed round; 0 for none."""
+        return max(self._kept, default=0)
+
+    @property
+    def held(self) -> bool:
+        """Whether an operator has activated the active release, so that it stays."""
+        return self._state.held(self._name) != 0
+
+    @property
+    def active(self) -> int:
+        """Version of the release that inference services score with; 0 for none."""
+        return self._state.held(self._name) or self.newest
+
+    def find(self, version: int) -> Release | None:
+        """A release; None where it is not kept."""
+        return self._kept.get(version)
+
+    def memory(self, version: int) -> MemoryBank | None:
+        """The global memory of a release; None for version 0, before the first."""
+        if version == 0:
+            return None
+        arrays = self._kept[version].arrays
+        return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in arrays)
+
+    def add(self, release: Release) -> None:
+        """A round's release exists from now on, and is active unless another one is held."""
+        self._state.put_release(release)
+        self._kept[release.version] = release
+        self._prune()
+        self._publish()
+
+    def activate(self, version: int) -> None:
+        """See operator.proto.
+
+        Raises:
+            Refusal: NOT_FOUND, see there.
+        """
+        if version and version not in self._kept:
+            kept = ", ".join(map(str, self.versions)) or "none"
+            raise not_found(f"federation {self._name!r} has no release {version}; it has {kept}")
+        self._state.set_held(self._name, version)
+        self._publish()
+
+    def _publish(self) -> None:
+        active = self.find(self.active)
+        metrics.RELEASE.labels(self._name).set(self.active)
+        if active is not None:
+            metrics.MEMORY_ITEMS.labels(self._name).set(active.arrays[0].shape[0])
+            self._publisher.publish(active, self._kept.values())
+
+    def _prune(self) -> None:
+        """Removes all but the newest and the active one. Only while no round is open, which would need its base."""
+        wanted = {self.active, *self.versions[-self._settings.keep_releases :]}
+        for version in [version for version in self._kept if version not in wanted]:
+            pruned = self._kept.pop(version)
+            self._state.prune_release(self._name, version)
+            used = {array.sha256 for release in self._kept.values() for array in release.arrays}
+            for array in pruned.arrays:
+                if array.sha256 not in used:
+                    self._arrays.discard(array.sha256)
