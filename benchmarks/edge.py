@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,10 +26,10 @@ from feddymem.aggregate import aggregate
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.distances import nearest_items
 from feddymem.experiment import peak_memory, reset_peak_memory
-from feddymem.extraction import extract
+from feddymem.feature_cache import FeatureCache
 from feddymem.image_data import EncodedImage
 from feddymem.memory import MemoryBank
-from feddymem.patches import PatchFile
+from feddymem.patches import images_per_block
 from feddymem.threads import leave_cores, workers
 from services.runtime.hardware import configure_hardware
 
@@ -65,10 +65,14 @@ def extraction(extractor: FeatureExtractor, folder: Path) -> dict[str, object]:
         with ThreadPoolExecutor(threads, initializer=leave_cores) as pool:
             list(pool.map(extractor.read_file, paths))
 
+    def extracted() -> None:
+        with TemporaryDirectory(dir=folder) as cache:
+            FeatureCache(Path(cache), extractor).extract(paths)
+
     work = {
         "backbone": bare,
         "decoding": decode,
-        "extraction": lambda: extract(paths, extractor, folder / "features.f16"),
+        "extraction": extracted,
     }
     times = interleaved(work, ROUNDS, 2)
     cpu = _cpu_milliseconds(work, ROUNDS)
@@ -93,19 +97,39 @@ def _cpu_milliseconds(work: Mapping[str, Callable[[], object]], rounds: int) -> 
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def _patches(extractor: FeatureExtractor, folder: Path) -> PatchFile:
+class Patches:
+    """Patch features of images in one file of float16, read block by block; see `feddymem.patches.PatchSource`."""
+
+    patches_per_image, channels = 784, 152
+
+    def __init__(self, path: Path, images: int) -> None:
+        self.path, self.images = path, images
+
+    def blocks(self) -> Iterator[Tensor]:
+        """See PatchSource."""
+        shape = (self.patches_per_image, self.channels)
+        step = images_per_block(*shape)
+        with self.path.open("rb") as file:
+            for start in range(0, self.images, step):
+                block = torch.empty(min(step, self.images - start), *shape)
+                for image in block:
+                    image.view(-1).copy_(torch.from_numpy(np.fromfile(file, np.float16, image.numel())))
+                yield block
+
+
+def _patches(extractor: FeatureExtractor, folder: Path) -> Patches:
     """Patches of IMAGES images: of DRAWN again and again, each time with a little noise of its own."""
     paths = []
     for number in range(DRAWN):
         paths.append(folder / f"part{number}.jpg")
         paths[-1].write_bytes(parts.jpeg(parts.picture(number, 512)))
-    drawn = extract(paths, extractor, folder / "drawn.f16").patches
-    patches = PatchFile(folder / "patches.f16", drawn.patches_per_image, drawn.channels)
+    drawn = FeatureCache(folder / "drawn", extractor).extract(paths).patches
     rng = torch.Generator().manual_seed(0)
-    for _ in range(IMAGES // DRAWN):
-        for block in drawn.blocks():
-            patches.append((block + torch.randn(block.shape, generator=rng)).numpy().astype(np.float16))
-    return patches
+    with (folder / "patches.f16").open("wb") as file:
+        for _ in range(IMAGES // DRAWN):
+            for block in drawn.blocks():
+                file.write((block + torch.randn(block.shape, generator=rng)).numpy().astype(np.float16).data)
+    return Patches(folder / "patches.f16", IMAGES)
 
 
 def greedy(patches: Tensor, count: int) -> Tensor:
@@ -121,8 +145,7 @@ def greedy(patches: Tensor, count: int) -> Tensor:
 def reduce(how: str, file: Path, images: int, out: Path) -> None:
     """One reduction, in this process; prints seconds and the growth of its peak memory in MiB."""
     configure_hardware(None)
-    source = PatchFile(out.with_suffix(".empty"), 784, 152)
-    source.path, source.images = file, images
+    source = Patches(file, images)
     next(source.blocks())  # what reading costs once is not the reduction's
     reset_peak_memory()  # what imports held at their most is not the reduction's
     before, start = peak_memory(), time.perf_counter()
@@ -135,7 +158,7 @@ def reduce(how: str, file: Path, images: int, out: Path) -> None:
     print(json.dumps({"seconds": round(seconds, 2), "peak_growth_mib": round(growth, 1)}))
 
 
-def reduction(patches: PatchFile, folder: Path) -> dict[str, object]:
+def reduction(patches: Patches, folder: Path) -> dict[str, object]:
     """Time, memory and coverage of both."""
     result: dict[str, object] = {}
     seen = torch.cat([block[:, ::16].flatten(0, 1) for block in patches.blocks()])

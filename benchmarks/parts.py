@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from feddymem.backbone import FeatureExtractor
-from feddymem.extraction import extract
+from feddymem.feature_cache import FeatureCache
 from feddymem.feature_network import MapNetwork
 from feddymem.federation import federate
 from feddymem.memory import MemoryBank
@@ -76,7 +76,7 @@ def memory(extractor: FeatureExtractor, items: Sequence[int]) -> dict[int, Memor
                 path = folder / f"{site}-{number}.jpg"
                 path.write_bytes(jpeg(picture(site * _IMAGES + number, 512)))
                 paths.append(path)
-            sites[f"site{site}"] = extract(paths, extractor, folder / f"{site}.f16").patches
+            sites[f"site{site}"] = FeatureCache(folder / "features", extractor).extract(paths).patches
         made = {}
         for count in items:
             bank_items = -(-count * 5 // (4 * SITES))  # a little more than fits, so that items of sites are merged

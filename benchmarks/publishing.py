@@ -25,7 +25,8 @@ class Publishing:
         self._loop = asyncio.new_event_loop()
         self._publisher = Publisher(self._arrays, frozenset(), lambda _who, _federation: False)  # no TLS: asks nobody
         self._previous: list[bytes] = []
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self.address = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
 
     async def _listen(self) -> str:
@@ -54,3 +55,5 @@ class Publishing:
         """Stops serving."""
         asyncio.run_coroutine_threadsafe(self._server.stop(None), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -22,7 +22,7 @@ from benchmarks import interleaved, parts, spread, write_result
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.datasets import SiteData, TestImage, load_sites
 from feddymem.evaluation import auroc
-from feddymem.extraction import extract
+from feddymem.feature_cache import FeatureCache
 from feddymem.feature_network import MapNetwork
 from feddymem.federation import federate
 from feddymem.image_data import EncodedImage
@@ -92,9 +92,8 @@ def parity(data: Path) -> dict[str, object]:
 
 def _memory(sites: Sequence[SiteData], extractor: FeatureExtractor) -> MemoryBank:
     with TemporaryDirectory(prefix="feddymem-bench-") as name:
-        sources: dict[str, PatchSource] = {
-            site.name: extract(site.train, extractor, Path(name) / f"{site.name}.f16").patches for site in sites
-        }
+        cache = FeatureCache(Path(name), extractor)
+        sources: dict[str, PatchSource] = {site.name: cache.extract(site.train).patches for site in sites}
         return federate(sources, Method()).memory
 
 

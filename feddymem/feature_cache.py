@@ -1,4 +1,5 @@
-"""Patch features kept on disk by content, so that an image passes the backbone once and not for every evaluation.
+"""Patch features on disk by content, so that an image passes the backbone once: not for every evaluation, and not again
+after a kill in the middle of many.
 
 An entry is named by the fingerprint of the feature space and the SHA-256 of the image file. It appears whole or not at
 all, and one that was damaged since is discarded and extracted again.
@@ -10,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feddymem.backbone import FeatureExtractor
-from feddymem.extraction import features_of
-from feddymem.images import ImageError
+from feddymem.datasets import DatasetError
+from feddymem.extraction import ImageFile, Stamp, features_of, stamp_of
+from feddymem.images import MAX_PIXELS, ImageError
+from feddymem.memory_reduce import Progress, no_progress
 from feddymem.patches import images_per_block
 
 LIMIT_BYTES = 4 * 2**30
@@ -31,6 +35,21 @@ _SUFFIX = ".features"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """Patch features of a folder's images.
+
+    Attributes:
+        patches: the features, in the order of the files.
+        extracted: how many images passed the backbone for it; the others were in the cache.
+        skipped: one text for each file that could not be read; it names the file and the reason.
+    """
+
+    patches: CachedPatches
+    extracted: int
+    skipped: tuple[str, ...]
+
+
 class FeatureCache:
     """Patch features of image files, in a folder of bounded size; the entries used longest ago go first.
 
@@ -39,82 +58,157 @@ class FeatureCache:
     Args:
         folder: where the entries are; made if missing.
         extractor: extracts what is missing.
-        limit_bytes: bound of all entries in the folder. Less than a data set needs is allowed, and slow.
+        limit_bytes: bound of all entries in the folder; None for none. Less than a data set needs is allowed, and slow.
+        batch_size: see `features_of`.
+        max_pixels: see `features_of`.
+        discard: what becomes of a damaged entry; it must not be there afterwards.
     """
 
-    def __init__(self, folder: Path, extractor: FeatureExtractor, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        extractor: FeatureExtractor,
+        limit_bytes: int | None = LIMIT_BYTES,
+        batch_size: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        discard: Callable[[Path], object] = Path.unlink,
+    ) -> None:
         self.extractor = extractor
         self._folder = folder / extractor.feature_space.fingerprint
-        self._root, self._limit = folder, limit_bytes
-        self._entries: dict[Path, Path] = {}
+        self._root, self._limit, self._discard = folder, limit_bytes, discard
+        self._batch_size, self._max_pixels = batch_size, max_pixels
+        self._read_before: dict[Path, tuple[Stamp, str]] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._held = sum(size for _, size, _ in self._files())
+        self._held = 0 if limit_bytes is None else sum(size for _, size, _ in self._files())
 
-    def features(self, paths: Sequence[Path]) -> NDArray[np.float16]:
-        """(n, patches, channels) of n image files, extracted where they are not in the folder.
+    def extract(self, paths: Sequence[Path], progress: Progress = no_progress) -> Extraction:
+        """Features of those files that can be read; looks at each file, and reads it again where it has changed.
 
         Raises:
-            ImageError: a file cannot be read or decoded; the text names it.
+            DatasetError: not one of the files could be read.
+            OSError: the folder cannot be written; what was extracted until then stays.
+        """
+        if not paths:
+            raise DatasetError("there are no images to extract features from")
+        missing = [path for path in paths if not self._unchanged(path)]
+        skipped: dict[Path, str] = {}
+        extracted = 0
+        for number, (path, file) in enumerate(zip(missing, self._features_of(missing), strict=True), 1):
+            if isinstance(file, ImageError):
+                skipped[path] = str(file)
+            else:
+                extracted += self._keep(path, file)
+            progress("features", len(paths) - len(missing) + number, len(paths))
+        readable = [path for path in paths if path not in skipped]
+        if not readable:
+            raise DatasetError(f"none of the {len(paths)} images could be read; the first: {skipped[paths[0]]}")
+        return Extraction(CachedPatches(self, readable), extracted, tuple(skipped.values()))
+
+    def features(self, paths: Sequence[Path]) -> Tensor:
+        """(n, patches, channels) float32 of n image files, extracted where they are not in the folder.
+
+        A file is taken to be what it was when it was first read here, or by the last `extract`.
+
+        Raises:
+            ImageError: a file cannot be read or decoded, or has changed; the text names it.
             OSError: the folder cannot be written.
         """
-        found = [self._read(path) for path in paths]
-        missing = [number for number, entry in enumerate(found) if entry is None]
-        number_of = iter(missing)
-        for entries, unreadable in features_of([paths[number] for number in missing], self.extractor):
-            if unreadable:
-                raise unreadable[0]
-            for entry in entries:
-                number = next(number_of)
-                self._write(paths[number], entry)
-                found[number] = entry
-        return np.stack([entry for entry in found if entry is not None])
+        space = self.extractor.feature_space
+        block = np.empty((len(paths), space.patches, space.channels), np.float32)
+        missing = []
+        for number, path in enumerate(paths):  # one by one: two copies of a block would be half as much memory again
+            entry = self._read(path)
+            if entry is None:
+                missing.append(number)
+            else:
+                block[number] = entry
+        for number, file in zip(missing, self._features_of([paths[n] for n in missing], again=True), strict=True):
+            if isinstance(file, ImageError):
+                raise file
+            if file.sha256 != self._name(paths[number]):
+                raise ImageError(f"{paths[number]}: has changed since it was read")
+            self._keep(paths[number], file)
+            block[number] = file.features
+        return torch.from_numpy(block)
 
-    def _entry(self, image: Path) -> Path:
-        """The file of an image's entry. An image file is taken not to change during a run and is hashed once."""
-        if image not in self._entries:
+    def keep_only(self, paths: Iterable[Path]) -> None:
+        """Removes the entries of all but these files, of which `extract` has read each."""
+        kept = {self._entry(self._read_before[path][1]) for path in paths}
+        self._read_before = {path: self._read_before[path] for path in paths}
+        for _, _, path in self._files():
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def _features_of(self, paths: Sequence[Path], again: bool = False) -> Iterator[ImageFile | ImageError]:
+        def known(sha256: str) -> bool:
+            return not again and self._entry(sha256).exists()
+
+        return features_of(paths, self.extractor, known, self._batch_size, self._max_pixels)
+
+    def _unchanged(self, image: Path) -> bool:
+        """Whether there is an entry of an image file as it is now."""
+        stamp, sha256 = self._read_before.get(image, (None, ""))
+        try:
+            return stamp == stamp_of(image.stat()) and self._entry(sha256).exists()
+        except OSError:  # told when it is read
+            return False
+
+    def _name(self, image: Path) -> str:
+        """SHA-256 of an image file, in hex."""
+        if image not in self._read_before:
             try:
                 with image.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    stamp = stamp_of(os.fstat(file.fileno()))
+                    self._read_before[image] = stamp, hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise ImageError(f"{image}: {error}") from error
-            self._entries[image] = self._folder / f"{digest}{_SUFFIX}"
-        return self._entries[image]
+        return self._read_before[image][1]
+
+    def _entry(self, sha256: str) -> Path:
+        return self._folder / f"{sha256}{_SUFFIX}"
 
     def _read(self, image: Path) -> NDArray[np.float16] | None:
         """An image's entry; None where there is none, or none that is whole."""
-        entry, space = self._entry(image), self.extractor.feature_space
+        entry, space = self._entry(self._name(image)), self.extractor.feature_space
         try:
             content = entry.read_bytes()
-            os.utime(entry)
+            if self._limit is not None:
+                os.utime(entry)
         except FileNotFoundError:  # never there, or removed by another process
             return None
-        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        digest, data = content[:_DIGEST_BYTES], memoryview(content)[_DIGEST_BYTES:]
         if len(data) != space.patches * space.channels * 2 or hashlib.sha256(data).digest() != digest:
-            entry.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._discard(entry)
             self._held -= len(content)
             return None
         return np.frombuffer(data, np.float16).reshape(space.patches, space.channels)
 
-    def _write(self, image: Path, features: NDArray[np.float16]) -> None:
-        data = np.ascontiguousarray(features).tobytes()
+    def _keep(self, image: Path, file: ImageFile) -> bool:
+        """Notes a file, and its features where they are new: whether they are."""
+        self._read_before[image] = file.stamp, file.sha256
+        if file.features is None:
+            return False
+        data = np.ascontiguousarray(file.features).tobytes()
         with tempfile.NamedTemporaryFile(dir=self._folder, suffix=f"{_SUFFIX}.part", delete=False) as part:
             try:
                 part.write(hashlib.sha256(data).digest() + data)
                 part.close()
-                Path(part.name).replace(self._entry(image))
+                Path(part.name).replace(self._entry(file.sha256))
             except BaseException:
                 Path(part.name).unlink(missing_ok=True)
                 raise
         self._held += len(data) + _DIGEST_BYTES
-        if self._held > self._limit:
-            self._remove_oldest()
+        if self._limit is not None and self._held > self._limit:
+            self._remove_oldest(self._limit)
+        return True
 
-    def _remove_oldest(self) -> None:
+    def _remove_oldest(self, limit: int) -> None:
         """Down to a share of the bound, by what is in the folder now: other processes may have written too."""
         files = sorted(self._files())
         self._held = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if self._held <= _KEPT_SHARE * self._limit:
+            if self._held <= _KEPT_SHARE * limit:
                 break
             path.unlink(missing_ok=True)
             self._held -= size
@@ -132,7 +226,7 @@ class CachedPatches:
 
     def __init__(self, cache: FeatureCache, paths: Sequence[Path]) -> None:
         space = cache.extractor.feature_space
-        self._cache, self._paths = cache, paths
+        self._cache, self.paths = cache, tuple(paths)
         self.images, self.patches_per_image, self.channels = len(paths), space.patches, space.channels
 
     def blocks(self) -> Iterator[Tensor]:
@@ -142,5 +236,4 @@ class CachedPatches:
     def batches(self, images: int) -> Iterator[Tensor]:
         """All patches in the order of the files, as (at most `images`, patches_per_image, channels) float32."""
         for start in range(0, self.images, images):
-            features = self._cache.features(self._paths[start : start + images])
-            yield torch.from_numpy(features.astype(np.float32))
+            yield self._cache.features(self.paths[start : start + images])

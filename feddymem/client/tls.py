@@ -48,18 +48,18 @@ def channel_to(server: str, options: list[tuple[str, Any]], tls_dir: Path | None
     """
     if tls_dir is None:
         return grpc.insecure_channel(server, options=options)
-    return grpc.secure_channel(server, _credentials(tls_dir), options=options)
+    return grpc.secure_channel(server, credentials(read_tls(tls_dir)), options=options)
 
 
 def async_channel_to(server: str, options: list[tuple[str, Any]], tls_dir: Path | None) -> aio.Channel:
     """`channel_to` for asyncio."""
     if tls_dir is None:
         return aio.insecure_channel(server, options=options)
-    return aio.secure_channel(server, _credentials(tls_dir), options=options)
+    return aio.secure_channel(server, credentials(read_tls(tls_dir)), options=options)
 
 
-def _credentials(folder: Path) -> grpc.ChannelCredentials:
-    files = read_tls(folder)
+def credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+    """What a channel needs to show these files' certificate and to believe their authority."""
     return grpc.ssl_channel_credentials(files.authority, files.key, files.certificate)
 
 

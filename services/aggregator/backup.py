@@ -11,7 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 from services.aggregator.state import BANKS, DATABASE, RELEASES, State
-from services.runtime.array_store import ArrayStore, sync_folder
+from services.runtime.array_store import ArrayStore
+from services.runtime.files import sync_folder
 
 _ATTEMPTS = 10
 """Rounds that may end while one backup is made; each removes arrays that the database named before."""

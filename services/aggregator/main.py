@@ -51,7 +51,7 @@ async def _serve(settings: AggregatorSettings) -> None:
     }
     services = [FederationServicer(federations).service, OperatorServicer(federations).service, publisher.service]
     try:
-        async with listening(settings, services) as readiness:
+        async with listening(settings, Role.AGGREGATOR, services) as readiness:
             await readiness.set(True)
             await run_until_stopped(*(federation.run() for federation in federations.values()))
     finally:

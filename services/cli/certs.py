@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -24,12 +24,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from feddymem.client.tls import AUTHORITY, CERTIFICATE, KEY
 from services.cli.exit_codes import USAGE
-from services.runtime.array_store import write_atomically
+from services.runtime.files import sync_folder, write_atomically
 from services.runtime.identity import Identity, Role, identity_from_uri
 
 AUTHORITY_KEY = "ca.key"
 _SKEW = datetime.timedelta(minutes=5)
 """Certificates hold from a little before now on, for clocks that are late."""
+_HOST_PATTERN = r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_EXAMPLE = "xn--mnchen-3ya.example"
 
 certs = typer.Typer(help="Make certificates for trials.", no_args_is_help=True)
 _Folder = Annotated[Path, typer.Argument(help="Folder of the authority: ca.crt and ca.key.")]
@@ -40,6 +42,7 @@ def authority(
     folder: _Folder, days: Annotated[float, typer.Option(help="How long its certificate holds.")] = 3650
 ) -> None:
     """Make an authority. Keep its key where nobody but you can read it."""
+    until = _expiry(days)
     for file in (AUTHORITY_KEY, AUTHORITY):
         if (folder / file).exists():
             _fail(f"{folder / file} is there already; what it has issued would be worth nothing any more")
@@ -48,7 +51,7 @@ def authority(
     title = f"FedDyMem authority for trials {secrets.token_hex(4)}"
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, title)])
     certificate = (
-        _builder(name, name, key.public_key(), days)
+        _builder(name, name, key.public_key(), until)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -73,6 +76,7 @@ def issue(
     ] = None,
 ) -> None:
     """Issue a certificate, or renew it: a service that runs uses the new one for its next connections."""
+    until, hosts = _expiry(days), [_host(name) for name in host or []]
     try:
         identity = identity_from_uri(Identity(role, name).uri)
         authority_key = load_pem_private_key((folder / AUTHORITY_KEY).read_bytes(), None)
@@ -84,8 +88,10 @@ def issue(
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{role} {name}")])
     certificate = (
-        _builder(subject, authority_certificate.subject, key.public_key(), days)
-        .add_extension(x509.SubjectAlternativeName(_alternative_names(identity, host or [])), critical=False)
+        _builder(subject, authority_certificate.subject, key.public_key(), until)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity.uri), *hosts]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
@@ -102,8 +108,16 @@ def issue(
     typer.echo(f"{target}: {identity.uri}, until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
 
 
+def _expiry(days: float) -> datetime.datetime:
+    try:
+        expiry = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    except (ValueError, OverflowError):
+        _fail(f"--days {days}: expected the number of days that the certificate holds")
+    return expiry
+
+
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime.datetime
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -112,8 +126,8 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now, now + datetime.timedelta(days=days)) - _SKEW)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_before(min(now, until) - _SKEW)
+        .not_valid_after(until)
     )
 
 
@@ -131,14 +145,14 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _alternative_names(identity: Identity, hosts: Sequence[str]) -> list[x509.GeneralName]:
-    return [x509.UniformResourceIdentifier(identity.uri), *(_host(host) for host in hosts)]
-
-
 def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not re.fullmatch(_HOST_PATTERN, host):
+            _fail(
+                f"--host {host}: neither an IP address nor a host name in ASCII (write münchen.example as {_EXAMPLE})"
+            )
         return x509.DNSName(host)
 
 
@@ -148,7 +162,10 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
+    sync_folder(path.parent)
 
 
 def _fail(text: str) -> NoReturn:

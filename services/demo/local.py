@@ -10,14 +10,14 @@ from feddymem.backbone import FeatureExtractor
 from feddymem.comparison import alone
 from feddymem.datasets import SiteData
 from feddymem.evaluation import auroc
-from feddymem.extraction import extract
+from feddymem.feature_cache import FeatureCache
 from feddymem.method import Method
 from feddymem.scoring import Scorer
 
 
 def local_image_auroc(site: SiteData, method: Method, extractor: FeatureExtractor, folder: Path) -> float:
     """Image AUROC of a federation of this site alone, with as many items as it sends to a federation."""
-    patches = extract(site.train, extractor, folder / "local.f16").patches
+    patches = FeatureCache(folder / "features", extractor).extract(site.train).patches
     detector = alone({site.name: patches}, method)[site.name]
     scorer = Scorer(extractor, detector.memory, detector.generator)
     scores = [scorer.inspect(extractor.read_file(image.path).pixels[None])[0].score for image in site.test]

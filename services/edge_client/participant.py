@@ -4,21 +4,21 @@ generator."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 from grpc import aio
 
 from feddymem.client.tls import TlsError
-from feddymem.feature_space import FeatureSpace
+from feddymem.datasets import DatasetError
+from feddymem.feature_cache import CachedPatches
 from feddymem.generator import MemoryGenerator
+from feddymem.images import ImageError
 from feddymem.local_update import LocalUpdate, local_update, new_generator
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress
 from feddymem.method import Method
-from feddymem.patches import PatchSource
 from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
 from feddymem.v1.federation_pb2 import (
     PHASE_DONE,
@@ -26,18 +26,21 @@ from feddymem.v1.federation_pb2 import (
     BankHeader,
     GlobalMemory,
     JoinRequest,
-    UploadBankRequest,
-    UploadBankResponse,
     WatchRoundsRequest,
     WatchRoundsResponse,
 )
 from feddymem.v1.release_pb2 import RELEASE_KIND_MEMORY_GENERATOR, Release
 from services.edge_client import metrics
+from services.edge_client.computing import Computing, tell_disk_full
+from services.edge_client.images import SiteImages
 from services.edge_client.settings import EdgeClientSettings
-from services.edge_client.state import EdgeState
-from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire, chunks
-from services.runtime.channels import TRANSIENT, UnreachableError, connected
-from services.runtime.errors import Refusal
+from services.edge_client.state import EdgeState, Outcome
+from services.edge_client.upload import upload_bank
+from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire
+from services.runtime.backoff import Backoff
+from services.runtime.channels import TRANSIENT, connected
+from services.runtime.errors import Refusal, is_disk_full
+from services.runtime.identity import Role
 from services.runtime.logs import get_logger
 from services.runtime.messages import (
     feature_space_to_message,
@@ -45,9 +48,8 @@ from services.runtime.messages import (
     generator_to_wire,
     method_from_message,
 )
-from services.runtime.publisher import Publisher, download, pause
-
-_UploadCall = aio.StreamStreamCall[UploadBankRequest, UploadBankResponse]
+from services.runtime.publisher import Publisher, download
+from services.runtime.server_identity import UnreachableError
 
 _log = get_logger()
 
@@ -77,31 +79,40 @@ class Participant:
     def __init__(
         self,
         settings: EdgeClientSettings,
-        space: FeatureSpace,
-        source: PatchSource,
+        images: SiteImages,
         device: str,
         state: EdgeState,
         publisher: Publisher,
-        progress: Progress,
+        computing: Computing,
     ) -> None:
-        self._settings, self._space, self._source, self._device = settings, space, source, device
-        self._state, self._publisher, self._progress = state, publisher, progress
+        self._settings, self._images, self._device = settings, images, device
+        self._state, self._publisher, self._computing = state, publisher, computing
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
-        self._uploaded = 0
-        state.claim(f"federation {settings.federation}, site {settings.site}, feature space {space.fingerprint}")
-        generator = state.generator()
+        self._patches: CachedPatches | None = None
+        self._joined_images = self._uploaded = 0
+        generator = state.last().generator
         if generator is not None:
             publisher.publish(generator)
 
+    async def look(self) -> CachedPatches:
+        """Patch features of the images that are in the folder now.
+
+        Raises:
+            DatasetError: no folder, no image in it, or none that can be read.
+        """
+        self._patches = await self._computing.run(self._images.look)
+        return self._patches
+
     async def run(self) -> None:
-        """Takes part until the federation is done.
+        """Takes part: with `once` until the federation is done, else for ever, because it may be given more rounds.
 
         Raises:
             ParticipationError: the aggregator refuses this site.
         """
+        backoff = Backoff(self._settings)
         while True:
             try:
-                async with connected(self._settings.aggregator, self._settings) as channel:
+                async with connected(self._settings.aggregator, self._settings, Role.AGGREGATOR) as channel:
                     if await self._take_part(_Aggregator(channel)):
                         return
             except aio.AioRpcError as error:
@@ -110,22 +121,54 @@ class Participant:
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
             except (UnreachableError, TlsError) as error:
                 _log.warning("aggregator_unreachable", reason=str(error))
-            except Refusal as refusal:
-                _log.warning("download_refused", reason=refusal.text)
+            except Refusal as refusal:  # of what was downloaded, or of what lay on the disk
+                _log.warning("array_refused", reason=refusal.text)
+            except (DatasetError, ImageError) as error:
+                _log.error("no_images", reason=str(error))
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                tell_disk_full(error)
             metrics.RETRIES.inc()
-            await pause(self._settings)
+            await backoff.pause()
 
     async def _take_part(self, aggregator: _Aggregator) -> bool:
-        """Follows the rounds for as long as the connection lasts; whether the federation is done."""
+        """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
-        async for event in aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity)):
-            if await self._react(event, method, aggregator):
-                return True
+        async with aclosing(self._events(aggregator)) as events:
+            async for event in events:
+                if event is None:
+                    await self._look_ahead()
+                elif await self._react(event, method, aggregator) and self._settings.once:
+                    return True
         return False
 
+    async def _events(self, aggregator: _Aggregator) -> AsyncGenerator[WatchRoundsResponse | None, None]:
+        """The states of the rounds; None each time that there was none for `scan_seconds`."""
+        call = aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity))
+        try:
+            while True:
+                reading = asyncio.ensure_future(call.read())
+                while not (await asyncio.wait({reading}, timeout=self._settings.scan_seconds))[0]:
+                    yield None
+                event = await reading
+                if not isinstance(event, WatchRoundsResponse):  # end of stream
+                    return
+                yield event
+        finally:
+            call.cancel()
+
+    async def _look_ahead(self) -> None:
+        """Extracts what is new, so that the next round need not wait for it."""
+        try:
+            await self.look()
+        except DatasetError as error:  # there may be images again when a round asks for them
+            _log.warning("no_images", reason=str(error))
+
     async def _join(self, aggregator: _Aggregator) -> Method:
+        patches = self._patches or await self.look()
         request = JoinRequest(
-            **self._identity, feature_space=feature_space_to_message(self._space), images=self._source.images
+            **self._identity, feature_space=feature_space_to_message(self._images.feature_space), images=patches.images
         )
         try:
             response = await aggregator.rounds.Join(request, timeout=self._settings.rpc_timeout_seconds)
@@ -133,88 +176,80 @@ class Participant:
             if error.code() in _LATER:
                 raise
             raise ParticipationError(f"{error.code().name}: {error.details()}") from error
+        self._joined_images = patches.images
         _log.info("joined", federation=self._settings.federation, site=self._settings.site)
         return method_from_message(response.method)
 
     async def _react(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> bool:
         """Does what the state of the rounds asks of this site; whether the federation is done."""
         if event.phase == PHASE_OPEN and event.round != self._uploaded:
-            bank = self._state.bank()
-            if bank is None or (bank.round, bank.images) != (event.round, self._source.images):
+            bank = self._state.last().bank
+            # Made once: whatever has become of it and of the folder since, no other one is ever sent for its round.
+            if bank is None or bank.round != event.round:
                 bank = await self._make_bank(event, method, aggregator)
             await self._upload(bank, aggregator)
         if event.phase == PHASE_DONE:
-            if method.generator and self._state.generator() is None:
+            if method.generator and self._state.last().generator is None:
                 await self._publish_untrained(event.round, method)
             _log.info("federation_done", federation=self._settings.federation, rounds=event.round)
             return True
         return False
 
     async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
+        patches = await self.look()
+        if patches.images != self._joined_images:  # as `feddymem status` shows it
+            await self._join(aggregator)
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
         generator = self._load_generator() if method.generator else None
         with metrics.UPDATE_SECONDS.time():
-            update = await asyncio.to_thread(
-                local_update, self._source, memory, generator, method, event.round, self._progress, self._device
+            update = await self._computing.run(
+                local_update,
+                patches,
+                memory,
+                generator,
+                method,
+                event.round,
+                self._computing.progress,
+                self._device,
             )
-        _log.info("bank_made", round=event.round, items=len(update.bank), loss=update.loss)
+        _log.info("bank_made", round=event.round, images=patches.images, items=len(update.bank), loss=update.loss)
         metrics.BANK_ITEMS.set(len(update.bank))
         if update.loss is not None:
             metrics.LOSS.set(update.loss)
-        return self._keep(update, event.round, method)
+        outcome = await self._computing.run(self._keep, update, event.round, patches.images, method)
+        if outcome.generator is not None:
+            self._publisher.publish(outcome.generator)
+        assert outcome.bank is not None
+        return outcome.bank
 
-    def _keep(self, update: LocalUpdate, round_number: int, method: Method) -> BankHeader:
-        """Writes a round's outcome to disk, then publishes the generator to the site's inference services."""
-        header = BankHeader(
+    def _keep(self, update: LocalUpdate, round_number: int, images: int, method: Method) -> Outcome:
+        """Writes a round's outcome to disk."""
+        bank = BankHeader(
             **self._identity,
             round=round_number,
-            fingerprint=self._space.fingerprint,
-            images=self._source.images,
+            fingerprint=self._images.feature_space.fingerprint,
+            images=images,
             arrays=self._store(bank_to_wire(update.bank, method.item_type)),
         )
         generator = self._release(update.generator, round_number) if update.generator is not None else None
-        self._state.put(header, generator)
-        if generator is not None:
-            self._publisher.publish(generator)
-        return header
+        outcome = Outcome(bank, generator)
+        self._state.put(outcome)
+        return outcome
 
     async def _upload(self, header: BankHeader, aggregator: _Aggregator) -> None:
         """Uploads a bank from where an interrupted upload stopped, unless the round has gone on without it."""
+        seconds = self._settings.transfer_timeout_seconds
         try:
-            await self._upload_once(header, aggregator)
+            received_bytes = await upload_bank(header, self._state.arrays, aggregator.rounds, seconds)
         except aio.AioRpcError as error:
             if error.code() not in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS):
                 _log.warning("upload_interrupted", round=header.round, code=error.code().name, details=error.details())
                 raise
             _log.warning("bank_not_taken", round=header.round, reason=error.details())
         else:
+            _log.info("bank_accepted", round=header.round, bytes=received_bytes)
             self._uploaded = header.round
             metrics.ROUND.set(header.round)
-
-    async def _upload_once(self, header: BankHeader, aggregator: _Aggregator) -> None:
-        call = aggregator.rounds.UploadBank(timeout=self._settings.transfer_timeout_seconds)
-        response: object = aio.EOF
-        with contextlib.suppress(asyncio.InvalidStateError, aio.AioRpcError):  # the call has ended; its status says why
-            async for request in self._upload_requests(header, call):
-                metrics.SENT_BYTES.inc(request.ByteSize())
-                await call.write(request)
-            await call.done_writing()
-            response = await call.read()
-        if not isinstance(response, UploadBankResponse):
-            code, details = await call.code(), await call.details()
-            raise aio.AioRpcError(code, aio.Metadata(), aio.Metadata(), details=details)
-        _log.info("bank_accepted", round=header.round, bytes=response.accepted.received_bytes)
-
-    async def _upload_requests(self, header: BankHeader, call: _UploadCall) -> AsyncIterator[UploadBankRequest]:
-        yield UploadBankRequest(header=header)
-        response = await call.read()
-        if not isinstance(response, UploadBankResponse):  # end of stream: the caller reads the status
-            return
-        offsets = {offset.sha256: offset.offset for offset in response.resume.offsets}
-        for manifest in header.arrays:
-            data = await asyncio.to_thread(self._state.arrays.read, manifest.sha256)
-            for chunk in chunks(manifest.sha256, data, offsets[manifest.sha256]):
-                yield UploadBankRequest(chunk=chunk)
 
     async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
         await download(aggregator.releases, memory.arrays, self._state.arrays, self._settings)
@@ -223,16 +258,22 @@ class Participant:
     async def _publish_untrained(self, round_number: int, method: Method) -> None:
         """A site that comes when all rounds are over uses the global memory through an untrained generator, the
         identity."""
-        generator = await asyncio.to_thread(new_generator, self._source, method.seed)
-        release = self._release(generator, round_number)
-        self._state.put_generator(release)
+        patches = self._patches or await self.look()
+        generator = await self._computing.run(new_generator, patches, method.seed)
+        release = await self._computing.run(self._keep_untrained, generator, round_number)
         self._publisher.publish(release)
 
+    def _keep_untrained(self, generator: MemoryGenerator, round_number: int) -> Release:
+        release = self._release(generator, round_number)
+        self._state.put(Outcome(generator=release))
+        return release
+
     def _load_generator(self) -> MemoryGenerator | None:
-        release = self._state.generator()
+        release = self._state.last().generator
         if release is None:
             return None
-        return generator_from_wire(self._space, ((a, self._state.arrays.read(a.sha256)) for a in release.arrays))
+        arrays = ((array, self._state.arrays.read(array.sha256)) for array in release.arrays)
+        return generator_from_wire(self._images.feature_space, arrays)
 
     def _release(self, generator: MemoryGenerator, round_number: int) -> Release:
         release = Release(
@@ -240,7 +281,7 @@ class Participant:
             version=round_number,
             kind=RELEASE_KIND_MEMORY_GENERATOR,
             site=self._settings.site,
-            feature_space=feature_space_to_message(self._space),
+            feature_space=feature_space_to_message(self._images.feature_space),
             arrays=self._store(generator_to_wire(generator)),
         )
         release.created.GetCurrentTime()

@@ -38,6 +38,14 @@ class EdgeClientSettings(ClientSettings):
     max_pixels: int = Field(
         default=MAX_PIXELS, ge=1, description="largest image read, in pixels; larger ones are skipped"
     )
+    scan_seconds: float = Field(
+        default=60,
+        gt=0,
+        le=86_400,
+        description="how often to look for new images while there is nothing else to do, so that the next round need "
+        "not wait for their features",
+    )
     once: bool = Field(
-        default=False, description="exit when the federation is done, instead of publishing the generator on"
+        default=False,
+        description="exit when the federation is done, instead of publishing the generator and waiting for more rounds",
     )

@@ -1,68 +1,91 @@
-"""The edge client's state on disk: who it is, its last bank and its memory generator."""
+"""The edge client's state on disk: who it is, what came of its last round, the features of its images."""
 
 from __future__ import annotations
 
+import io
 import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
+
+from feddymem.v1.array_pb2 import Array
 from feddymem.v1.federation_pb2 import BankHeader
 from feddymem.v1.release_pb2 import Release
-from services.runtime.array_store import ArrayStore, write_atomically
+from services.runtime.array_store import ArrayStore
+from services.runtime.errors import Refusal
+from services.runtime.files import read_record, write_record
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a round at this site.
+
+    Attributes:
+        bank: the bank that was made for it; uploaded or not.
+        generator: the memory generator that made it.
+    """
+
+    bank: BankHeader | None = None
+    generator: Release | None = None
 
 
 class EdgeState:
-    """Small files in one folder, each replaced as a whole, beside content-addressed arrays."""
+    """Small files in one folder, each replaced as a whole, beside content-addressed arrays. `claim` comes first."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.arrays = ArrayStore(folder / "arrays")
-        self.patches = folder / "patches.f16"
-        self._instance, self._owner = folder / "instance", folder / "owner"
-        self._bank, self._generator = folder / "bank.binpb", folder / "generator.binpb"
-
-    @property
-    def instance(self) -> str:
-        """Random name of this edge client, the same for as long as the folder is kept."""
-        if not self._instance.exists():
-            write_atomically(self._instance, uuid.uuid4().hex.encode())
-        return self._instance.read_text()
+        self.features = folder / "features"
+        self.instance = ""
+        self._owner, self._outcome = folder / "owner", folder / "outcome"
 
     def claim(self, owner: str) -> None:
-        """Makes the folder one federation's, site's and feature space's.
+        """Makes the folder one federation's, site's and feature space's, and gives this edge client the random name
+        `instance`, the same for as long as the folder is kept.
 
         Raises:
             ValueError: it is another's already.
         """
-        if not self._owner.exists():
-            write_atomically(self._owner, owner.encode())
-        held = self._owner.read_text()
+        content = read_record(self._owner)
+        if content is None:
+            content = f"{uuid.uuid4().hex}\n{owner}".encode()
+            write_record(self._owner, content)
+        instance, held = content.decode().split("\n", 1)
         if held != owner:
             raise ValueError(
                 f"state_dir: {self._owner.parent} holds the state of {held}, not of {owner}; give another one"
             )
+        self.instance = instance
 
-    def bank(self) -> BankHeader | None:
-        """The last bank that was made; uploaded or not."""
-        return BankHeader.FromString(self._bank.read_bytes()) if self._bank.exists() else None
-
-    def generator(self) -> Release | None:
-        """The memory generator that made the last bank."""
-        return Release.FromString(self._generator.read_bytes()) if self._generator.exists() else None
-
-    def put(self, bank: BankHeader, generator: Release | None) -> None:
-        """Keeps a round's outcome; its arrays are in the store already.
-
-        The generator goes first: after a crash between the two, the round is computed anew from a generator that is one
-        pass further, which is as good; the other way round, the bank's generator would be lost.
-        """
-        if generator is not None:
-            self.put_generator(generator)
-        write_atomically(self._bank, bank.SerializeToString(deterministic=True))
-        used = {array.sha256 for array in bank.arrays} | (
-            {array.sha256 for array in generator.arrays} if generator else set()
+    def last(self) -> Outcome:
+        """What came of the last round; without what was damaged since, and without another edge client's."""
+        content = read_record(self._outcome)
+        if content is None:
+            return Outcome()
+        file = io.BytesIO(content)
+        bank, generator = parse_length_prefixed(BankHeader, file), parse_length_prefixed(Release, file)
+        if bank is None or generator is None or bank.instance != self.instance:
+            return Outcome()
+        return Outcome(
+            bank if bank.arrays and self._whole(bank.arrays) else None,
+            generator if generator.arrays and self._whole(generator.arrays) else None,
         )
-        self.arrays.keep_only(used)
 
-    def put_generator(self, generator: Release) -> None:
-        """Keeps a memory generator."""
-        write_atomically(self._generator, generator.SerializeToString(deterministic=True))
+    def put(self, outcome: Outcome) -> None:
+        """Keeps what came of a round, all of it or nothing; its arrays are in the store already."""
+        bank, generator = outcome.bank or BankHeader(instance=self.instance), outcome.generator or Release()
+        file = io.BytesIO()
+        serialize_length_prefixed(bank, file)
+        serialize_length_prefixed(generator, file)
+        write_record(self._outcome, file.getvalue())
+        self.arrays.keep_only({array.sha256 for array in (*bank.arrays, *generator.arrays)})
+
+    def _whole(self, arrays: Iterable[Array]) -> bool:
+        try:
+            for array in arrays:
+                self.arrays.read(array.sha256)
+        except Refusal:  # missing, or damaged and in quarantine now
+            return False
+        return True

@@ -12,6 +12,7 @@ from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
 from services.runtime.hardware import configure_hardware
+from services.runtime.identity import Role
 from services.runtime.logs import configure_logs
 from services.runtime.publisher import follow
 from services.runtime.server import Readiness, listening, run_until_stopped
@@ -43,14 +44,14 @@ async def _serve(settings: InferenceSettings) -> None:
     services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
     try:
-        async with listening(settings, services, settings.max_request_bytes) as readiness:
+        async with listening(settings, Role.INFERENCE, services, settings.max_request_bytes) as readiness:
             await registry.load()
-            publishers = (settings.aggregator, *settings.edge_clients)
+            publishers = {settings.aggregator: Role.AGGREGATOR, **dict.fromkeys(settings.edge_clients, Role.SITE)}
             await run_until_stopped(
                 _show(readiness, registry),
                 *(
-                    follow(address, settings.federations, registry.arrays, settings, registry.receive)
-                    for address in publishers
+                    follow(address, settings.federations, registry.arrays, settings, role, registry.receive)
+                    for address, role in publishers.items()
                 ),
             )
     finally:

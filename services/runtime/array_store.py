@@ -11,6 +11,7 @@ from pathlib import Path
 from feddymem.v1.array_pb2 import Array, ArrayChunk
 from services.runtime.arrays import check_chunk
 from services.runtime.errors import data_loss, invalid, not_found
+from services.runtime.files import quarantine, sync_folder
 
 
 class ArrayStore:
@@ -47,12 +48,16 @@ class ArrayStore:
         """All bytes of an array.
 
         Raises:
-            Refusal: NOT_FOUND if it is not here.
+            Refusal: NOT_FOUND if it is not here; DATA_LOSS if it was damaged on the disk, and now is in quarantine.
         """
         try:
-            return self._path(sha256).read_bytes()
+            data = self._path(sha256).read_bytes()
         except FileNotFoundError as error:
             raise not_found(f"no array {sha256.hex()} is held here") from error
+        if hashlib.sha256(data).digest() != sha256:
+            quarantine(self._path(sha256))
+            raise data_loss(f"array {sha256.hex()} was damaged on the disk of this service, and has been taken away")
+        return data
 
     def put(self, sha256: bytes, data: bytes) -> None:
         """Keeps an array; on disk when it returns."""
@@ -108,7 +113,7 @@ class ArrayStore:
         names = {sha256.hex() for sha256 in wanted}
         with self._lock:
             for path in self._folder.iterdir():
-                if path.stem not in names and not (keep_parts and path.suffix):
+                if path.is_file() and path.stem not in names and not (keep_parts and path.suffix):
                     path.unlink(missing_ok=True)
 
     def _intact(self, part: Path, manifest: Array) -> bool:
@@ -125,23 +130,3 @@ class ArrayStore:
 
     def _part(self, sha256: bytes) -> Path:
         return self._folder / f"{sha256.hex()}.part"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a small file so that a reader, or a restart, sees the old or the new content and nothing between."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,8 @@ import grpc
 from grpc import aio
 
 from feddymem.client.channel import CONNECT_OPTIONS, KEEPALIVE_OPTIONS, KEEPALIVE_SECONDS
-from feddymem.client.tls import async_channel_to
+from services.runtime.identity import Role
+from services.runtime.server_identity import UnreachableError, credentials_for
 from services.runtime.settings import ClientSettings
 
 FAREWELL_SECONDS = 0.5
@@ -34,32 +35,37 @@ CHANNEL_OPTIONS = [
 ]
 
 
-class UnreachableError(Exception):
-    """Another service cannot be reached; trying again may help."""
-
-
 TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
 """Statuses after which an idempotent call is tried again."""
 
 
 @asynccontextmanager
-async def connected(address: str, settings: ClientSettings) -> AsyncIterator[aio.Channel]:
+async def connected(address: str, settings: ClientSettings, role: Role) -> AsyncIterator[aio.Channel]:
     """A channel to another service, once it is connected.
 
-    For as long as the block goes on, it reconnects by itself, with the certificate of its start: whoever tries again
-    after an error opens another one, so that a renewed certificate counts.
+    For as long as the block goes on, it reconnects by itself, with the certificates of its start: whoever tries again
+    after an error opens another one, so that a renewed certificate counts, be it the own one or the other's.
+
+    Args:
+        address: HOST:PORT of the service.
+        settings: of this service.
+        role: that the certificate of the other must have, where there is TLS; a site must be the own one.
 
     Raises:
-        UnreachableError: not connected within `rpc_timeout_seconds`.
+        UnreachableError: not connected within `rpc_timeout_seconds`, or it is somebody else.
         TlsError: the TLS files cannot be used.
     """
-    async with async_channel_to(address, CHANNEL_OPTIONS, settings.tls_dir) as channel:
+    if settings.tls_dir is None:
+        made, why = aio.insecure_channel(address, CHANNEL_OPTIONS), "nobody listens"
+    else:
+        shown = await credentials_for(address, settings.tls_dir, role, settings.rpc_timeout_seconds)
+        made, why = aio.secure_channel(address, shown, CHANNEL_OPTIONS), "it does not accept this service's certificate"
+    async with made as channel:
         try:
             async with asyncio.timeout(settings.rpc_timeout_seconds):
                 await channel.channel_ready()
         except TimeoutError:
-            trusted = "" if settings.tls_dir is None else ", or one of the two certificates is not accepted"
             raise UnreachableError(
-                f"{address} cannot be reached within {settings.rpc_timeout_seconds:g} seconds: nobody listens{trusted}"
+                f"{address} cannot be reached within {settings.rpc_timeout_seconds:g} seconds: {why}"
             ) from None
         yield channel

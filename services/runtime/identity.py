@@ -59,6 +59,10 @@ class Identity:
         """As it stands in a certificate."""
         return f"{_SCHEME}{self.role}/{self.name}"
 
+    def fits(self, wanted: Identity | Role) -> bool:
+        """Whether it is this one, or one of this role."""
+        return self == wanted if isinstance(wanted, Identity) else self.role is wanted
+
 
 def identity_from_uri(uri: str) -> Identity:
     """The identity that a URI names.
@@ -72,6 +76,23 @@ def identity_from_uri(uri: str) -> Identity:
     return Identity(Role(role), name)
 
 
+def described(wanted: Identity | Role) -> str:
+    """In words: an identity, or any of a role."""
+    return str(wanted) if isinstance(wanted, Identity) else f"role {wanted}"
+
+
+def identity_in(pem: bytes) -> Identity:
+    """The identity in a certificate.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    identity, _expiry = _shown(pem)
+    if identity is None:
+        raise ValueError(f"the certificate names nobody: it needs one {_SCHEME}ROLE/NAME as URI")
+    return identity
+
+
 def caller(context: _Context) -> Identity | None:
     """Who calls; None at a server without TLS.
 
@@ -79,16 +100,22 @@ def caller(context: _Context) -> Identity | None:
         Refusal: PERMISSION_DENIED where the certificate names nobody, UNAUTHENTICATED where it has expired since the
             connection was made.
     """
-    connection = context.auth_context()
-    if next(iter(connection.get("transport_security_type", ())), None) == b"insecure":
+    pem = _certificate(context)
+    if pem is None:
         return None
-    shown = next(iter(connection.get("x509_pem_cert", ())), None)
-    identity, expiry = (None, 0) if shown is None else _shown(shown)
-    if identity is None:
-        raise denied(f"the certificate names nobody: it needs one {_SCHEME}ROLE/NAME as URI")
-    if expiry <= time.time():
-        raise _unauthenticated("the certificate has expired; renew it and connect again")
+    try:
+        identity = identity_in(pem)
+    except ValueError as error:
+        raise denied(str(error)) from None
+    if _shown(pem)[1] <= time.time():
+        raise expired()
     return identity
+
+
+def seconds_until_expiry(context: _Context) -> float | None:
+    """How long the certificate of who calls is still valid; None at a server without TLS."""
+    pem = _certificate(context)
+    return None if pem is None else _shown(pem)[1] - time.time()
 
 
 def require_site(context: _Context, site: str) -> None:
@@ -107,8 +134,17 @@ def denied(text: str) -> Refusal:
     return Refusal(grpc.StatusCode.PERMISSION_DENIED, text)
 
 
-def _unauthenticated(text: str) -> Refusal:
-    return Refusal(grpc.StatusCode.UNAUTHENTICATED, text)
+def expired() -> Refusal:
+    """The certificate of who calls was valid when the connection was made, and is not any more."""
+    return Refusal(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired; renew it and connect again")
+
+
+def _certificate(context: _Context) -> bytes | None:
+    """As who calls has shown it, in PEM, empty for none; None at a server without TLS."""
+    connection = context.auth_context()
+    if next(iter(connection.get("transport_security_type", ())), None) == b"insecure":
+        return None
+    return next(iter(connection.get("x509_pem_cert", ())), b"")
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,6 @@ inference pod watches. Aggregator and edge client publish in the same way.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
@@ -26,12 +25,14 @@ from feddymem.v1.release_pb2 import (
 )
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
+from services.runtime.backoff import Backoff
 from services.runtime.changes import Changes
-from services.runtime.channels import UnreachableError, connected
+from services.runtime.channels import connected
 from services.runtime.errors import Refusal, as_refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
 from services.runtime.logs import get_logger
 from services.runtime.server import Service
+from services.runtime.server_identity import UnreachableError
 from services.runtime.settings import ClientSettings
 
 MAX_ARRAY_BYTES = 2**30
@@ -123,15 +124,18 @@ async def follow(
     federations: tuple[str, ...],
     arrays: ArrayStore,
     settings: ClientSettings,
+    role: Role,
     receive: Callable[[Release], Awaitable[None]],
 ) -> None:
     """Watches a publisher for ever: downloads the arrays of each release that comes, then hands it over.
 
-    Goes on where it was when the publisher or the line is gone for a while.
+    Goes on where it was when the publisher or the line is gone for a while. With TLS the publisher must have the role,
+    and a site be the own one.
     """
+    backoff = Backoff(settings)
     while True:
         try:
-            async with connected(address, settings) as channel:
+            async with connected(address, settings, role) as channel:
                 stub = release_pb2_grpc.ReleaseServiceStub(channel)
                 async for response in stub.WatchReleases(WatchReleasesRequest(federations=federations)):
                     await download(stub, response.release.arrays, arrays, settings)
@@ -146,7 +150,7 @@ async def follow(
                 _log.error("release_failed", publisher=address, exc_info=error)
             else:
                 _log.error("release_refused", publisher=address, reason=refusal.text)
-        await pause(settings)
+        await backoff.pause()
 
 
 async def download(
@@ -169,8 +173,3 @@ async def download(
         request = DownloadArrayRequest(sha256=manifest.sha256, offset=arrays.held_bytes(manifest))
         async for response in stub.DownloadArray(request, timeout=settings.transfer_timeout_seconds):
             arrays.append(manifest, response.chunk)
-
-
-async def pause(settings: ClientSettings) -> None:
-    """Waits a random time below `retry_seconds`, so that many callers do not come back at once."""
-    await asyncio.sleep(random.uniform(0, settings.retry_seconds))  # noqa: S311 - jitter, not a secret

@@ -1,21 +1,29 @@
-"""Around every RPC of ours: errors become statuses by the catalogue, and the call is counted after it has ended."""
+"""Around every RPC: who may call, how often and for how long; bytes become messages, errors statuses; all is counted.
+
+Whatever goes wrong, the caller gets a proper status with a request id, under which the log tells more.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter as Tally
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 from prometheus_client import Counter, Histogram
+from structlog.contextvars import bound_contextvars
 
 from services.runtime.changes import Changes
-from services.runtime.errors import as_refusal, invalid, is_disk_full
-from services.runtime.identity import Role, caller, denied
+from services.runtime.errors import Refusal, as_refusal, invalid, is_disk_full
+from services.runtime.identity import Identity, Role, caller, denied, expired, seconds_until_expiry
 from services.runtime.logs import get_logger
+from services.runtime.rate import Rate
 
 RPCS = Counter("feddymem_rpc_handled_total", "RPCs handled, by method and gRPC status code.", ["method", "code"])
 RPC_SECONDS = Histogram(
@@ -24,6 +32,7 @@ RPC_SECONDS = Histogram(
     ["method"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 600),
 )
+RPCS_TOO_OFTEN = Counter("feddymem_rpcs_too_often_total", "RPCs refused because who called did too often.", ["method"])
 
 Admission = Callable[[aio.ServicerContext[Any, Any]], None]
 """Raises a `Refusal` where a request need not even be received."""
@@ -31,25 +40,40 @@ Admission = Callable[[aio.ServicerContext[Any, Any]], None]
 Access = frozenset[Role]
 """Roles that may call a method, where there is TLS."""
 
+REQUEST_ID = "feddymem-request-id"
+"""Trailing metadata of every RPC: the name under which the log tells of it."""
+MAX_TEXT_BYTES = 1000
+"""Public texts are cut there: they repeat what callers send, and gRPC drops a status that is larger than its headers
+may be, 8 KiB with each byte written as up to three."""
+
+_LOGGED_PER_SECOND = 10
+"""Refusals of a method that are logged, on average: an overloaded service must not be busy with its log."""
 _OURS = ("/feddymem.", "/inference.")
+_SERIOUS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+_Context = aio.ServicerContext[Any, Any]
 _log = get_logger()
 
 
 class RpcBoundary(aio.ServerInterceptor):
-    """Turns what a servicer raises into a status, and records the RPC.
+    """What is between the network and the servicers, health and reflection included.
 
     Args:
         access: who may call, by full name of a method; a method that is not there, nobody.
-        admissions: of unary methods by full name.
+        admissions: of unary methods by full name; these may be called as often as they admit.
+        rpcs_per_second: of all other methods together, by one identity or, without TLS, from one address.
     """
 
-    def __init__(self, access: Mapping[str, Access], admissions: Mapping[str, Admission]) -> None:
-        self._access, self._admissions = access, admissions
+    def __init__(
+        self, access: Mapping[str, Access], admissions: Mapping[str, Admission], rpcs_per_second: float
+    ) -> None:
+        self._access, self._admissions, self._rpcs_per_second = access, admissions, rpcs_per_second
+        self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
+        self._left_out: Tally[str] = Tally()
         self._busy: set[object] = set()
         self._changes = Changes()
 
     async def wait_idle(self, seconds: float) -> None:
-        """Waits until no RPC is in work, at most so long. Watches do not count: they never end by themselves."""
+        """Waits until no RPC of ours is in work, at most so long. Watches do not count: they never end."""
         deadline = time.monotonic() + seconds
         while self._busy and (left := deadline - time.monotonic()) > 0:
             await self._changes.wait(left)
@@ -59,68 +83,118 @@ class RpcBoundary(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wraps the handlers of our own services; health and reflection answer for themselves."""
+        """Wraps a handler.
+
+        gRPC is not told how to read requests: it would answer bytes that are no message with UNKNOWN, and write a
+        stack trace. A stream of one request, on the wire the same as a single one, can be refused before it is read.
+        """
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(_OURS):
-            return handler
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            if handler.request_streaming:
-                return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
-            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
-        if admit := self._admissions.get(method):
-            # A stream of one request, on the wire the same as a single one, can be refused before it is read.
-            return grpc.stream_unary_rpc_method_handler(self._admitted(method, handler.unary_unary, admit), **codec)
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+        if handler is None:
+            return None
+        wrap, made = (
+            (self._streaming, grpc.stream_stream_rpc_method_handler)
+            if handler.response_streaming
+            else (self._answering, grpc.stream_unary_rpc_method_handler)
+        )
+        return made(
+            wrap(handler_call_details.method, handler),
+            response_serializer=handler.response_serializer,
+        )
 
-    def _unary(self, method: str, handle: Any) -> Any:
-        async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            with self._in_work(method):
-                async with _Call(method, context):
-                    self._authorize(method, context)
-                    return await handle(request, context)
+    def _answering(self, method: str, handler: Any) -> Any:
+        handle = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
-        return handled
-
-    def _admitted(self, method: str, handle: Any, admit: Admission) -> Any:
-        async def handled(_requests: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            async with _Call(method, context):
-                self._authorize(method, context)
-                admit(context)
-                request = await context.read()  # not in work yet: who sends slowly must not hold up a shutdown
-                if request is aio.EOF:
-                    raise invalid("the call ended without a request; send one")
+        async def handled(_requests: Any, context: _Context) -> Any:
+            async with self._call(method, context):
+                requests = await _requests_of(context, handler)  # who sends slowly must not hold up a shutdown
                 with self._in_work(method):
-                    return await handle(request, context)
+                    return await handle(requests, context)
 
         return handled
 
-    def _stream(self, method: str, handle: Any) -> Any:
-        async def handled(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            with self._in_work(method):
-                async with _Call(method, context):
-                    self._authorize(method, context)
-                    async for response in handle(request, context):
-                        yield response
+    def _streaming(self, method: str, handler: Any) -> Any:
+        handle = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def handled(_requests: Any, context: _Context) -> None:
+            async with self._call(method, context):
+                requests = await _requests_of(context, handler)
+                with self._in_work(method):
+                    responses = handle(requests, context)
+                    if not isinstance(responses, AsyncGenerator):  # health writes by itself
+                        await responses
+                        return
+                    async with aclosing(responses):
+                        async for response in responses:
+                            await context.write(response)
 
         return handled
 
-    def _authorize(self, method: str, context: aio.ServicerContext[Any, Any]) -> None:
+    @asynccontextmanager
+    async def _call(self, method: str, context: _Context) -> AsyncIterator[None]:
+        """One RPC, from its start to its end."""
+        started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        request_id = uuid.uuid4().hex
+        context.set_trailing_metadata(((REQUEST_ID, request_id),))
+        try:
+            with bound_contextvars(request_id=request_id, method=method):
+                try:
+                    self._admit(method, context)
+                    async with _while_valid(context):
+                        yield
+                    code = grpc.StatusCode.OK
+                except aio.AbortError:  # health does so
+                    code = _status(context.code())
+                    raise
+                except aio.InternalError as error:  # gRPC's, for a call that nobody waits for any more
+                    raise asyncio.CancelledError from error
+                except Exception as error:  # noqa: BLE001 - whatever it is, the caller is answered
+                    refusal = self._refusal(method, context, error, request_id)
+                    code = refusal.status
+                    await context.abort(refusal.status, refusal.text)
+        finally:
+            RPCS.labels(method, code.name).inc()
+            RPC_SECONDS.labels(method).observe(time.perf_counter() - started)
+
+    def _admit(self, method: str, context: _Context) -> None:
+        """Refuses what can be refused before any of it is received."""
         who = caller(context)
         allowed = self._access.get(method, Access())
         if who is not None and who.role not in allowed:
             roles = " or ".join(sorted(allowed)) or "nobody"
-            _log.warning("access_denied", method=method, who=who.uri)
             raise denied(f"the certificate is that of {who}; {method} is for {roles}")
+        if admit := self._admissions.get(method):
+            admit(context)
+        elif not self._begun.take(_name(who, context)):
+            RPCS_TOO_OFTEN.labels(method).inc()
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"more than {self._rpcs_per_second:g} RPCs a second from here, over some time; call less often, "
+                "or have the operator of this service raise max_rpcs_per_second",
+            )
+
+    def _refusal(self, method: str, context: _Context, error: Exception, request_id: str) -> Refusal:
+        """What an error is answered with; logged once."""
+        refusal = as_refusal(error)
+        if refusal is None:
+            _log.error("rpc_failed", exc_info=error)
+            text = f"internal error; its details are in the server's log under request id {request_id}"
+            return Refusal(grpc.StatusCode.INTERNAL, text)
+        refusal = Refusal(refusal.status, _cut(refusal.text))
+        if is_disk_full(error):
+            _log.error("disk_full", reason=str(error))
+        elif not self._logged.take(method):
+            self._left_out[method] += 1
+        else:
+            log = _log.warning if refusal.status in _SERIOUS else _log.info
+            left_out = {"left_out": left} if (left := self._left_out.pop(method, 0)) else {}
+            who = _shown_name(context)
+            log("rpc_refused", who=who, code=refusal.status.name, reason=refusal.text, **left_out)
+        return refusal
 
     @contextmanager
     def _in_work(self, method: str) -> Iterator[None]:
         call = object()
-        if not method.rpartition("/")[2].startswith("Watch"):
+        if method.startswith(_OURS) and not method.rpartition("/")[2].startswith("Watch"):
             self._busy.add(call)
         try:
             yield
@@ -129,40 +203,62 @@ class RpcBoundary(aio.ServerInterceptor):
             self._changes.notify()
 
 
-class _Call:
-    """One RPC, from its start to its end."""
+async def _requests_of(context: _Context, handler: Any) -> Any:
+    """What a handler takes: its one request, or an iterator over them."""
+    if handler.request_streaming:
+        return _messages(context, handler.request_deserializer)
+    raw = await context.read()
+    if raw is aio.EOF:
+        raise invalid("the call ended without a request; send one")
+    return _message(raw, handler.request_deserializer)
 
-    def __init__(self, method: str, context: aio.ServicerContext[Any, Any]) -> None:
-        self._method, self._context = method, context
-        self._start = time.perf_counter()
-        self._code = grpc.StatusCode.OK
 
-    async def __aenter__(self) -> None:
-        return None
+async def _messages(context: _Context, deserializer: Any) -> AsyncIterator[Any]:
+    while (raw := await context.read()) is not aio.EOF:
+        yield _message(raw, deserializer)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object
-    ) -> None:
-        try:
-            if isinstance(error, Exception) and not isinstance(error, aio.AbortError):
-                await self._refuse(error)
-            elif error is not None:
-                self._code = grpc.StatusCode.CANCELLED
-        finally:
-            RPCS.labels(self._method, self._code.name).inc()
-            RPC_SECONDS.labels(self._method).observe(time.perf_counter() - self._start)
 
-    async def _refuse(self, error: Exception) -> None:
-        refusal = as_refusal(error)
-        if refusal is not None:
-            if is_disk_full(error):
-                _log.error("disk_full", method=self._method, reason=str(error))
-            self._code = refusal.status
-            await self._context.abort(refusal.status, refusal.text)
-        self._code = grpc.StatusCode.INTERNAL
-        request_id = uuid.uuid4().hex
-        _log.error("rpc_failed", method=self._method, request_id=request_id, exc_info=error)
-        await self._context.abort(
-            grpc.StatusCode.INTERNAL,
-            f"internal error; its details are in the server's log under request id {request_id}",
-        )
+def _message(raw: bytes, deserializer: Any) -> Any:
+    if deserializer is None:
+        return raw
+    try:
+        return deserializer(raw)
+    except DecodeError as error:
+        name = deserializer.__self__.DESCRIPTOR.full_name
+        raise invalid(f"the request is not a valid {name} message: {error}") from error
+
+
+@asynccontextmanager
+async def _while_valid(context: _Context) -> AsyncIterator[None]:
+    """Ends the block when the certificate of who calls expires."""
+    try:
+        async with asyncio.timeout(seconds_until_expiry(context)) as validity:
+            yield
+    except TimeoutError as error:
+        if validity.expired():
+            raise expired() from error
+        raise
+
+
+def _name(who: Identity | None, context: _Context) -> str:
+    """Who is counted as one: an identity or, without TLS, a host."""
+    return context.peer().rpartition(":")[0] if who is None else who.uri
+
+
+def _shown_name(context: _Context) -> str:
+    try:
+        who = caller(context)
+    except Refusal:
+        who = None
+    return context.peer() if who is None else who.uri
+
+
+def _cut(text: str) -> str:
+    raw = text.encode()
+    if len(raw) <= MAX_TEXT_BYTES:
+        return text
+    return raw[:MAX_TEXT_BYTES].decode(errors="ignore") + " ..."
+
+
+def _status(code: Any) -> grpc.StatusCode:
+    return next((status for status in grpc.StatusCode if code in (status, status.value[0])), grpc.StatusCode.UNKNOWN)

@@ -8,7 +8,6 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import prometheus_client
@@ -19,8 +18,9 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.runtime.array_store import write_atomically
-from services.runtime.channels import FAREWELL_SECONDS, SERVER_OPTIONS
+from services.runtime.channels import FAREWELL_SECONDS, MAX_MESSAGE_BYTES, SERVER_OPTIONS
+from services.runtime.files import write_atomically
+from services.runtime.identity import Identity, Role
 from services.runtime.logs import get_logger
 from services.runtime.rpc import Access, Admission, RpcBoundary
 from services.runtime.settings import ServiceSettings
@@ -28,6 +28,12 @@ from services.runtime.tls import server_credentials
 
 LIVENESS = "liveness"
 """Name under which the health service says SERVING for as long as the process answers, ready or not."""
+
+_STANDARD = (
+    health_pb2.DESCRIPTOR.services_by_name["Health"],
+    descriptor_pool.Default().FindServiceByName(reflection.SERVICE_NAME),
+)
+"""What every server serves, to everybody who has an identity."""
 
 _log = get_logger()
 
@@ -67,20 +73,33 @@ class Readiness:
 
 @asynccontextmanager
 async def listening(
-    settings: ServiceSettings, services: Sequence[Service], max_request_bytes: int = 4 * 2**20
+    settings: ServiceSettings,
+    own: Identity | Role,
+    services: Sequence[Service],
+    max_request_bytes: int = MAX_MESSAGE_BYTES,
 ) -> AsyncIterator[Readiness]:
     """Serves until the block is left, then drains: not ready, requests in flight finished, closed.
 
     Starts not ready, with health, reflection and /metrics. Writes the bound addresses to `settings.address_file`.
 
+    Args:
+        settings: of the service.
+        own: whose certificate it must have, where there is TLS.
+        services: what it serves beside health and reflection.
+        max_request_bytes: largest request accepted.
+
     Raises:
         OSError: an address cannot be bound.
-        TlsError: the TLS files cannot be used.
+        TlsError: the TLS files cannot be used, or are somebody else's.
     """
-    boundary = RpcBoundary(
-        {f"/{service.name}/{name}": roles for service in services for name, roles in service.access.items()},
-        {f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()},
-    )
+    access = {f"/{service.name}/{name}": roles for service in services for name, roles in service.access.items()}
+    access |= {
+        f"/{service.full_name}/{method.name}": frozenset(Role) for service in _STANDARD for method in service.methods
+    }
+    admissions = {
+        f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()
+    }
+    boundary = RpcBoundary(access, admissions, settings.max_rpcs_per_second)
     server = aio.server(
         interceptors=[boundary],
         options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],
@@ -92,11 +111,12 @@ async def listening(
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
     await readiness.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
     await readiness.set(False)
-    standard = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     files = [service.pool.FindFileContainingSymbol(service.name) for service in services]
-    files += [descriptor_pool.Default().FindFileContainingSymbol(name) for name in standard]
-    reflection.enable_server_reflection((*names, *standard), server, _pool_of(files))
-    address = _bind(server, settings.listen, settings.tls_dir)
+    files += [service.file for service in _STANDARD]
+    reflection.enable_server_reflection(
+        (*names, *(service.full_name for service in _STANDARD)), server, _pool_of(files)
+    )
+    address = _bind(server, settings, own)
     host, _, port = settings.metrics_listen.rpartition(":")
     metrics, _thread = prometheus_client.start_http_server(int(port), host)
     await server.start()
@@ -160,12 +180,13 @@ def _pool_of(files: Iterable[FileDescriptor]) -> DescriptorPool:
     return pool
 
 
-def _bind(server: aio.Server, address: str, tls_dir: Path | None) -> str:
+def _bind(server: aio.Server, settings: ServiceSettings, own: Identity | Role) -> str:
+    address = settings.listen
     try:
-        if tls_dir is None:
+        if settings.tls_dir is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, server_credentials(tls_dir))
+            port = server.add_secure_port(address, server_credentials(settings.tls_dir, own))
     except RuntimeError as error:
         raise OSError(f"listen: {address} cannot be bound; is another process using it?") from error
     return f"{address.rpartition(':')[0]}:{port}"

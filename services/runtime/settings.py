@@ -92,6 +92,12 @@ class ServiceSettings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="threads that compute; by default the cores that this process may use"
     )
+    max_rpcs_per_second: float = Field(
+        default=100,
+        gt=0,
+        description="RPCs that one identity or, without TLS, one address may begin in a second, on average over ten; "
+        "single inspections do not count, they are refused where the queue is full",
+    )
     drain_seconds: float = Field(
         default=20, ge=0, le=600, description="time for requests in flight to finish after SIGTERM, before they are cut"
     )
@@ -133,10 +139,10 @@ class ClientSettings(ServiceSettings):
         default=600, gt=0, le=86_400, description="longest time for one upload or download; it resumes where it stopped"
     )
     retry_seconds: float = Field(
-        default=2,
+        default=30,
         gt=0,
-        le=300,
-        description="longest pause before a broken call is tried again; the real one is random below it",
+        le=3600,
+        description="longest pause before a broken call is tried again; pauses are random, and begin far below it",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; auto is CUDA where there is one"

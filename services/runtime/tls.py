@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from prometheus_client import Gauge
 
 from feddymem.client.tls import CERTIFICATE, TlsError, TlsFiles, read_tls
+from services.runtime.identity import Identity, Role, described, identity_in
 from services.runtime.logs import get_logger
 
 EXPIRY = Gauge("feddymem_certificate_expiry_timestamp_seconds", "When the certificate in use expires.")
@@ -19,16 +20,20 @@ EXPIRY = Gauge("feddymem_certificate_expiry_timestamp_seconds", "When the certif
 _log = get_logger()
 
 
-def server_credentials(folder: Path) -> grpc.ServerCredentials:
+def server_credentials(folder: Path, own: Identity | Role) -> grpc.ServerCredentials:
     """Credentials of a server that speaks only to who shows a certificate of the same authority.
 
     The files are read again for each new connection. Where they are not a pair, as in the moment in which they are
     replaced, the server goes on with those it has.
 
+    Args:
+        folder: of the TLS files.
+        own: who the server is, as the certificate must say.
+
     Raises:
         TlsError: the files cannot be used.
     """
-    used = _checked(read_tls(folder))
+    used = _checked(read_tls(folder), own)
 
     def renewed() -> Any:  # noqa: ANN401 - None for no change, which grpc's stubs leave out
         nonlocal used
@@ -36,7 +41,7 @@ def server_credentials(folder: Path) -> grpc.ServerCredentials:
             files = read_tls(folder)
             if files == used:
                 return None
-            used = _checked(files)
+            used = _checked(files, own)
         except TlsError as error:
             _log.error("certificate_not_renewed", folder=str(folder), reason=str(error))
             return None
@@ -50,7 +55,7 @@ def _configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(files.key, files.certificate)], files.authority)
 
 
-def _checked(files: TlsFiles) -> TlsFiles:
+def _checked(files: TlsFiles, own: Identity | Role) -> TlsFiles:
     try:
         certificate, *_between = x509.load_pem_x509_certificates(files.certificate)
         key = load_pem_private_key(files.key, password=None)
@@ -62,5 +67,11 @@ def _checked(files: TlsFiles) -> TlsFiles:
     expiry = certificate.not_valid_after_utc
     if expiry.timestamp() <= time.time():
         raise TlsError(f"{CERTIFICATE} has expired on {expiry:%Y-%m-%d %H:%M} UTC; renew it")
+    try:
+        identity = identity_in(files.certificate)
+    except ValueError as error:
+        raise TlsError(f"{CERTIFICATE}: {error}") from None
+    if not identity.fits(own):
+        raise TlsError(f"{CERTIFICATE} is the certificate of {identity}; this service needs that of {described(own)}")
     EXPIRY.set(expiry.timestamp())
     return files

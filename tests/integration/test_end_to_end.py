@@ -215,7 +215,7 @@ def test_every_service_is_serving_and_answers_for_metrics(system: System, inspec
     refused(lambda: inspect(inspection, encoded=b"no image"))
     wanted = {
         system.aggregator: 'feddymem_banks_accepted_total{federation="bricks"} 4.0',
-        system.edges["dim-hall"]: 'feddymem_edge_images_total{outcome="read"} 24.0',
+        system.edges["dim-hall"]: 'feddymem_edge_images{outcome="read"} 24.0',
         system.inference: (
             'feddymem_rpc_handled_total{code="INVALID_ARGUMENT",method="/feddymem.v1.InspectionService/Inspect"}'
         ),

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feddymem.v1.array_pb2 import DATA_TYPE_UINT8, Array, ArrayChunk
-from services.runtime.array_store import ArrayStore, write_atomically
+from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import CHUNK_BYTES, chunks
 from services.runtime.errors import Refusal
+from services.runtime.files import write_atomically
 
 DATA = np.random.default_rng(0).bytes(100)
 

@@ -8,27 +8,51 @@ import pytest
 
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Release
 from services.inference.registry import Registry
+from services.inference.release_store import ReleaseStore
 from services.inference.settings import InferenceSettings
+from services.runtime.arrays import bank_to_wire
 from services.runtime.errors import Refusal
 from services.runtime.messages import feature_space_to_message
 from tests.feature_spaces import SPACE
+from tests.integration.fake_site import make_bank
+
+ARRAYS = bank_to_wire(make_bank(), "float16")
 
 
 def registry(folder: Path, checkpoint: Path | None = None) -> Registry:
     return Registry(InferenceSettings(aggregator="127.0.0.1:1", state_dir=folder, checkpoint=checkpoint, device="cpu"))
 
 
-def release(version: int, fingerprint: str = SPACE.fingerprint) -> Release:
+def release(version: int, fingerprint: str = SPACE.fingerprint, federation: str = "parts") -> Release:
     space = feature_space_to_message(SPACE)
     space.fingerprint = fingerprint
-    return Release(federation="parts", version=version, kind=RELEASE_KIND_GLOBAL_MEMORY, feature_space=space)
+    manifests = [array.manifest for array in ARRAYS]
+    return Release(
+        federation=federation,
+        version=version,
+        kind=RELEASE_KIND_GLOBAL_MEMORY,
+        feature_space=space,
+        arrays=manifests,
+    )
 
 
-def release_on_disk(folder: Path, fingerprint: str = SPACE.fingerprint) -> Path:
-    kept = release(3, fingerprint)
-    path = registry(folder)._path(kept)
-    path.write_bytes(kept.SerializeToString())
-    return path
+def release_on_disk(folder: Path, fingerprint: str = SPACE.fingerprint, federation: str = "parts") -> Path:
+    store, kept = ReleaseStore(folder), release(3, fingerprint, federation)
+    put_arrays(store)
+    store.write(kept)
+    return store._path(kept)
+
+
+def put_arrays(store: ReleaseStore) -> None:
+    for array in ARRAYS:
+        store.arrays.put(array.manifest.sha256, array.data)
+
+
+def flip(path: Path) -> None:
+    """One bit of a file, as a failing disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 async def test_a_good_release_is_kept_where_its_checkpoint_is_missing(tmp_path: Path) -> None:
@@ -66,3 +90,50 @@ async def test_a_release_that_is_refused_on_arrival_leaves_the_one_before_where_
         with pytest.raises(Refusal):
             await started.receive(refused)
     assert list(path.parent.glob("*.binpb")) == [path]
+
+
+async def test_a_release_whose_record_is_damaged_is_in_quarantine_and_is_taken_when_it_comes_again(
+    tmp_path: Path,
+) -> None:
+    path, other = release_on_disk(tmp_path), release_on_disk(tmp_path, federation="screws")
+    flip(path)
+    [kept] = ReleaseStore(tmp_path).load()
+    assert kept.release.federation == "screws"
+    assert not path.exists()
+    [damaged] = (path.parent / "quarantine").iterdir()
+    assert damaged.name.endswith(path.name)
+    assert other.exists()
+    store = ReleaseStore(tmp_path)
+    put_arrays(store)
+    store.write(release(3))
+    assert {kept.release.federation for kept in ReleaseStore(tmp_path).load()} == {"parts", "screws"}
+
+
+async def test_an_array_that_is_damaged_takes_only_its_releases_along(tmp_path: Path) -> None:
+    path = release_on_disk(tmp_path)
+    store = ReleaseStore(tmp_path)
+    own = bank_to_wire(make_bank(seed=1), "float16")
+    screws = release(3, federation="screws")
+    del screws.arrays[:]
+    screws.arrays.extend(array.manifest for array in own)
+    for array in own:
+        store.arrays.put(array.manifest.sha256, array.data)
+    store.write(screws)
+    damaged = tmp_path / "arrays" / own[0].manifest.sha256.hex()
+    flip(damaged)
+    [kept] = ReleaseStore(tmp_path).load()
+    assert kept.release.federation == "parts"
+    assert path.exists()
+    assert own[0].manifest.sha256 not in store.arrays  # so that it is fetched again
+    assert len(list((tmp_path / "arrays" / "quarantine").iterdir())) == 1
+
+
+async def test_what_an_interrupted_swap_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    release_on_disk(tmp_path)
+    store = ReleaseStore(tmp_path)
+    for array in bank_to_wire(make_bank(seed=1), "float16"):
+        store.arrays.put(array.manifest.sha256, array.data)
+    store.load()
+    assert sorted(path.name for path in (tmp_path / "arrays").iterdir()) == sorted(
+        array.manifest.sha256.hex() for array in ARRAYS
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,14 @@ import pytest
 import typer
 from cryptography import x509
 from grpc import aio
+from typer.testing import CliRunner
 
 from feddymem.client.tls import AUTHORITY, CERTIFICATE, KEY, TlsError, read_tls
-from services.runtime.channels import UnreachableError, connected
-from services.runtime.identity import Role
+from services.cli.certs import certs, issue
+from services.cli.exit_codes import USAGE
+from services.runtime.channels import connected
+from services.runtime.identity import Identity, Role
+from services.runtime.server_identity import UnreachableError
 from services.runtime.tls import server_credentials
 from tests.certificates import Authority
 
@@ -35,7 +39,7 @@ def serial(folder: Path) -> int:
 
 
 @asynccontextmanager
-async def served(folder: Path) -> AsyncIterator[str]:
+async def served(folder: Path, role: Role = Role.AGGREGATOR, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
     """The address of a server that tells its callers the serial number of the certificate that they show."""
 
     async def shown(_request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
@@ -46,7 +50,7 @@ async def served(folder: Path) -> AsyncIterator[str]:
     service, _, name = METHOD[1:].partition("/")
     handler: Any = grpc.unary_unary_rpc_method_handler(shown)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {name: handler})])
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(folder))
+    port = server.add_secure_port(address, server_credentials(folder, role))
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -54,9 +58,9 @@ async def served(folder: Path) -> AsyncIterator[str]:
         await server.stop(0)
 
 
-async def shown_to(address: str, folder: Path, seconds: float = SECONDS) -> int:
+async def shown_to(address: str, folder: Path, seconds: float = SECONDS, role: Role = Role.AGGREGATOR) -> int:
     settings: Any = SimpleNamespace(tls_dir=folder, rpc_timeout_seconds=seconds)
-    async with connected(address, settings) as channel:
+    async with connected(address, settings, role) as channel:
         call: Any = channel.unary_unary(METHOD)
         return int(await call(b"", timeout=SECONDS))
 
@@ -79,7 +83,7 @@ async def test_a_server_shows_its_renewed_certificate_to_the_next_caller(authori
         shutil.copytree(other.issue(Role.AGGREGATOR, "hub"), server, dirs_exist_ok=True)
         renewed = other.issue(Role.SITE, "berlin")
         assert await shown_to(address, renewed) == serial(renewed)
-        with pytest.raises(UnreachableError, match="certificates is not accepted"):
+        with pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
             await shown_to(address, client, seconds=1)
 
 
@@ -111,16 +115,69 @@ async def test_a_server_goes_on_with_the_pair_it_has_while_one_half_is_replaced(
         assert await shown_to(address, client) == serial(client)
 
 
+async def test_a_caller_speaks_only_to_the_role_that_it_means(authority: Authority) -> None:
+    line, client = authority.issue(Role.LINE, "hub"), authority.issue(Role.SITE, "berlin")
+    async with served(line, Role.LINE) as address:
+        with pytest.raises(
+            UnreachableError, match="shows the certificate of line 'hub'; expected that of role aggregator"
+        ):
+            await shown_to(address, client)
+
+
+async def test_an_inference_service_speaks_only_to_edge_clients_of_its_own_site(authority: Authority) -> None:
+    own, other = authority.issue(Role.INFERENCE, "berlin"), authority.issue(Role.INFERENCE, "paris")
+    async with served(authority.issue(Role.SITE, "berlin"), Role.SITE) as address:
+        assert await shown_to(address, own, role=Role.SITE) == serial(own)
+        with pytest.raises(UnreachableError, match="certificate of site 'berlin'; expected that of site 'paris'"):
+            await shown_to(address, other, role=Role.SITE)
+
+
+async def test_a_caller_still_checks_the_host_name(authority: Authority) -> None:
+    hub = authority.issue(Role.AGGREGATOR, "hub")
+    issue(authority.folder, Role.AGGREGATOR, "hub", host=["elsewhere.example"])
+    async with served(hub) as address:
+        with pytest.raises(UnreachableError, match="IP address mismatch"):
+            await shown_to(address, authority.issue(Role.SITE, "berlin"), seconds=1)
+
+
+async def test_who_takes_the_place_of_a_server_that_was_looked_at_is_not_spoken_to(authority: Authority) -> None:
+    """Even with a certificate of the same authority and host: gRPC believes the one that was seen, no other."""
+    client, hub = authority.issue(Role.SITE, "berlin"), authority.issue(Role.AGGREGATOR, "hub")
+    settings: Any = SimpleNamespace(tls_dir=client, rpc_timeout_seconds=SECONDS)
+    async with AsyncExitStack() as first:
+        address = await first.enter_async_context(served(hub))
+        async with connected(address, settings, Role.AGGREGATOR) as channel:
+            call: Any = channel.unary_unary(METHOD)
+            await call(b"", timeout=SECONDS)
+            await first.aclose()
+            async with served(authority.issue(Role.LINE, "impostor"), Role.LINE, address):
+                with pytest.raises(aio.AioRpcError) as caught:
+                    await call(b"", timeout=5, wait_for_ready=True)
+                assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            async with served(hub, address=address):
+                assert int(await call(b"", timeout=SECONDS, wait_for_ready=True)) == serial(client)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [(Identity(Role.SITE, "paris"), "site 'paris'"), (Role.INFERENCE, "role inference")],
+    ids=["another site", "another role"],
+)
+def test_somebody_elses_certificate_starts_no_server(authority: Authority, own: Identity | Role, said: str) -> None:
+    with pytest.raises(TlsError, match=f"is the certificate of site 'berlin'; this service needs that of {said}"):
+        server_credentials(authority.issue(Role.SITE, "berlin"), own)
+
+
 def test_files_that_are_no_pair_start_no_server(authority: Authority) -> None:
     hub, berlin = authority.issue(Role.AGGREGATOR, "hub"), authority.issue(Role.SITE, "berlin")
     shutil.copy(berlin / KEY, hub / KEY)
     with pytest.raises(TlsError, match="the private key is not that of the certificate"):
-        server_credentials(hub)
+        server_credentials(hub, Role.AGGREGATOR)
 
 
 def test_an_expired_certificate_starts_no_server(authority: Authority) -> None:
     with pytest.raises(TlsError, match=r"tls\.crt has expired on \d{4}-"):
-        server_credentials(authority.issue(Role.AGGREGATOR, "hub", days=-0.1))
+        server_credentials(authority.issue(Role.AGGREGATOR, "hub", days=-0.1), Role.AGGREGATOR)
 
 
 @pytest.mark.parametrize("name", [CERTIFICATE, KEY, AUTHORITY])
@@ -140,7 +197,7 @@ def test_what_is_no_pem_starts_no_server(authority: Authority, name: str) -> Non
             read_tls(folder)
     (folder / name).write_bytes(b"-----BEGIN NOTHING-----")
     with pytest.raises(TlsError, match="not three PEM files"):
-        server_credentials(folder)
+        server_credentials(folder, Role.SITE)
 
 
 def test_keys_are_for_their_owner_only(authority: Authority) -> None:
@@ -153,3 +210,29 @@ def test_an_authority_is_never_overwritten(authority: Authority, kept: str) -> N
     (authority.folder / ({"ca.key": "ca.crt", "ca.crt": "ca.key"}[kept])).unlink()
     with pytest.raises(typer.Exit):
         Authority(authority.folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--days", "nan"], "--days nan: expected the number of days"),
+        (["--days", "1e12"], "--days 1000000000000.0: expected"),
+        (["--host", "m\u00fcnchen.example"], "neither an IP address nor a host name in ASCII"),
+        (["--host", "a b"], "--host a b: neither"),
+        (["--host", ""], "neither an IP address"),
+    ],
+)
+def test_what_makes_no_certificate_is_said(authority: Authority, flags: list[str], said: str) -> None:
+    result = CliRunner().invoke(certs, ["issue", str(authority.folder), "site", "berlin", *flags])
+    assert result.exit_code == USAGE
+    assert said in result.stderr
+    assert not (authority.folder / "site-berlin").exists()
+
+
+def test_a_server_of_many_names(authority: Authority) -> None:
+    hosts = ["edge.example", "*.edge.example", "edge_1", "::1", "10.0.0.1"]
+    issue(authority.folder, Role.SITE, "berlin", host=hosts)
+    certificate = x509.load_pem_x509_certificate((authority.folder / "site-berlin" / CERTIFICATE).read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == hosts[:3]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == hosts[3:]

@@ -1,0 +1,62 @@
+"""The images in a site's folder, and their features."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from feddymem.backbone import FeatureExtractor
+from feddymem.datasets import list_images
+from feddymem.feature_cache import CachedPatches, FeatureCache
+from feddymem.memory_reduce import Progress
+from services.edge_client import metrics
+from services.edge_client.settings import EdgeClientSettings
+from services.runtime.files import quarantine
+from services.runtime.logs import get_logger
+
+_log = get_logger()
+
+
+class SiteImages:
+    """Looks at the folder as often as it is asked to, and extracts what is new in it."""
+
+    def __init__(
+        self, settings: EdgeClientSettings, extractor: FeatureExtractor, folder: Path, progress: Progress
+    ) -> None:
+        self.feature_space = extractor.feature_space
+        self._data, self._progress = settings.data, progress
+        self._cache = FeatureCache(
+            folder, extractor, None, settings.batch_size, settings.max_pixels, discard=quarantine
+        )
+        self._skipped: frozenset[str] = frozenset()
+        self._images = 0
+
+    def look(self) -> CachedPatches:
+        """Patch features of the images that are in the folder now, in the order of their paths; of no others are any
+        kept.
+
+        Raises:
+            DatasetError: no folder, no image in it, or none that can be read.
+            OSError: the state folder cannot be written; what was extracted until then stays.
+        """
+        started = time.perf_counter()
+        found = self._cache.extract(list_images(self._data), self._progress)
+        self._cache.keep_only(found.patches.paths)
+        for reason in set(found.skipped) - self._skipped:
+            _log.warning("image_skipped", reason=reason)
+        if found.extracted or found.patches.images != self._images:
+            seconds = time.perf_counter() - started
+            metrics.FEATURE_SECONDS.set(seconds)
+            _log.info(
+                "features_extracted",
+                images=found.patches.images,
+                extracted=found.extracted,
+                skipped=len(found.skipped),
+                seconds=round(seconds, 3),
+                fingerprint=self.feature_space.fingerprint,
+            )
+        self._skipped, self._images = frozenset(found.skipped), found.patches.images
+        metrics.EXTRACTED.inc(found.extracted)
+        metrics.IMAGES.labels("read").set(found.patches.images)
+        metrics.IMAGES.labels("skipped").set(len(found.skipped))
+        return found.patches

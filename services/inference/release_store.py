@@ -1,0 +1,103 @@
+"""Releases on disk: what this service can score with, whoever else is there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from feddymem.generator import MemoryGenerator
+from feddymem.memory import MemoryBank
+from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR, Release
+from services.runtime.array_store import ArrayStore
+from services.runtime.arrays import bank_from_wire
+from services.runtime.errors import as_refusal, invalid
+from services.runtime.files import read_record, write_record
+from services.runtime.logs import get_logger
+from services.runtime.messages import feature_space_from_message, generator_from_wire
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A release with what its arrays hold: read from disk once, so that no later damage there reaches what scores.
+
+    Attributes:
+        release: the release.
+        content: its global memory, or its memory generator.
+    """
+
+    release: Release
+    content: MemoryBank | MemoryGenerator
+
+
+class ReleaseStore:
+    """A folder of releases, and beside it one of their arrays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "releases"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.arrays = ArrayStore(folder / "arrays")
+
+    def load(self) -> list[Kept]:
+        """What an earlier run left. A release that is damaged is taken away: its publisher sends it again."""
+        found = []
+        for path in sorted(self._folder.glob("*.binpb")):
+            data = read_record(path)
+            if data is None:
+                continue
+            release = Release.FromString(data)
+            try:
+                found.append(self.open(release))
+            except Exception as error:
+                refusal = as_refusal(error)
+                if refusal is None:
+                    raise
+                _log.error("release_on_disk_refused", **_name(release), reason=refusal.text)
+                path.unlink()
+        self.arrays.keep_only({array.sha256 for kept in found for array in kept.release.arrays})
+        return found
+
+    def open(self, release: Release) -> Kept:
+        """A release whose arrays are in the store.
+
+        Raises:
+            Refusal: a kind that this version does not know, or arrays that are damaged, missing or do not fit.
+            InvalidBankError: values that no honest publisher would send.
+        """
+        if release.kind not in (RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR):
+            raise invalid(
+                f"release of {release.federation!r} has kind {release.kind}, which this version does not know"
+            )
+        space = feature_space_from_message(release.feature_space)
+        arrays = ((array, self.arrays.read(array.sha256)) for array in release.arrays)
+        if release.kind == RELEASE_KIND_GLOBAL_MEMORY:
+            return Kept(release, bank_from_wire(arrays))
+        return Kept(release, generator_from_wire(space, arrays))
+
+    def write(self, release: Release) -> None:
+        """Keeps a release; on disk when it returns."""
+        write_record(self._path(release), release.SerializeToString(deterministic=True))
+
+    def forget(self, replaced: Iterable[Release], kept: Iterable[Release]) -> None:
+        """Removes what only replaced releases used."""
+        kept = list(kept)
+        paths = {self._path(release) for release in kept}
+        used = {array.sha256 for release in kept for array in release.arrays}
+        for release in replaced:
+            if self._path(release) not in paths:
+                self._path(release).unlink(missing_ok=True)
+            for array in release.arrays:
+                if array.sha256 not in used:
+                    self.arrays.discard(array.sha256)
+
+    def _path(self, release: Release) -> Path:
+        # Hashed, because names come from other processes and must not become paths.
+        name = hashlib.sha256(f"{release.federation}\0{release.site}".encode()).hexdigest()[:32]
+        return self._folder / f"{name}-{release.kind}-{release.version:010}.binpb"
+
+
+def _name(release: Release) -> dict[str, object]:
+    return {"federation": release.federation, "site": release.site, "release": release.version}

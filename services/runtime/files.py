@@ -1,0 +1,72 @@
+"""Small files on disk: written whole or not at all, and never read when they were damaged since."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from prometheus_client import Counter
+
+from services.runtime.logs import get_logger
+
+QUARANTINED_FILES = 8
+"""Damaged files that a quarantine keeps, the newest: enough to see what happens to a disk, too few to fill it."""
+
+DAMAGED = Counter("feddymem_damaged_files_total", "Files of the state folder that were found damaged.")
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+_log = get_logger()
+
+
+def write_record(path: Path, data: bytes) -> None:
+    """Writes a small file for `read_record`; on disk when it returns."""
+    write_atomically(path, hashlib.sha256(data).digest() + data)
+
+
+def read_record(path: Path) -> bytes | None:
+    """What `write_record` wrote; None where there is none, or where it was damaged and now is in quarantine."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(data).digest() != digest:
+        quarantine(path)
+        return None
+    return data
+
+
+def quarantine(path: Path) -> None:
+    """Moves a damaged file to the folder `quarantine` beside it, for whoever wants to know what happened to it."""
+    _log.error("file_damaged", path=str(path))
+    DAMAGED.inc()
+    folder = path.parent / "quarantine"
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another thread was first
+        path.replace(folder / f"{time.time_ns()}-{path.name}")
+    for old in sorted(folder.iterdir())[:-QUARANTINED_FILES]:
+        old.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a small file so that a reader, or a restart, sees the old or the new content and nothing between."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

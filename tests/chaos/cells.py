@@ -1,0 +1,141 @@
+"""Where a process is killed: each durable write and each point of the protocol, before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.chaos.federation import SITES
+from tests.chaos.kill_at import KillPoint, When
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which process dies, and how each of its lives but the last one ends."""
+
+    process: str
+    kills: tuple[KillPoint, ...]
+    short: bool = False
+    """Whether it is one of those that are tried on each change."""
+
+    def __str__(self) -> str:
+        return f"{self.process}: {', '.join(map(str, self.kills))}"
+
+
+_STATE = "services.aggregator.state:State"
+_FEDERATION = "services.aggregator.federation:Federation"
+_SERVICER = "services.aggregator.servicer:FederationServicer"
+_STORE = "services.runtime.array_store:ArrayStore"
+_SYNC = "services.runtime.array_store:sync_folder"
+_PUBLISHER = "services.runtime.publisher:Publisher"
+_EDGE_STATE = "services.edge_client.state:EdgeState"
+_PARTICIPANT = "services.edge_client.participant:Participant"
+_REGISTRY = "services.inference.registry:Registry"
+
+# Numbers of calls: two sites with banks of 5 chunks in 3 arrays, in each of two rounds.
+_AGGREGATOR = {
+    f"{_STATE}.set_feature_space": (1,),
+    f"{_STATE}.put_site": (1, 2),
+    f"{_STATE}.open_round": (1, 2),
+    f"{_STATE}.put_bank": (1, 2, 3, 4),
+    f"{_STATE}.put_release": (1, 2),
+    f"{_STORE}.append": (1, 3, 5, 10, 17, 20),
+    f"{_STORE}._finish": (1, 3, 6, 7, 9, 15),
+    f"{_STORE}.put": (1, 3, 4, 6),
+    _SYNC: (2, 4, 8),  # between a rename and its being final; the first one is of the address file
+    f"{_PUBLISHER}.publish": (1, 2),
+    f"{_FEDERATION}._checked_bank": (1, 4),
+    f"{_FEDERATION}.accept": (1, 2, 4),
+    f"{_FEDERATION}._merge": (1, 2),
+    f"{_FEDERATION}._make_release": (1, 2),
+    f"{_SERVICER}._offsets": (1, 4),
+    f"{_SERVICER}._receive": (1, 4),
+}
+_EDGE = {
+    "services.edge_client.state:write_atomically": (1, 2, 3, 4, 5, 6),
+    f"{_EDGE_STATE}.claim": (1,),
+    f"{_EDGE_STATE}.put_generator": (1, 2),
+    f"{_EDGE_STATE}.put": (1, 2),
+    f"{_STORE}.put": (1, 3, 5, 8),
+    f"{_STORE}.keep_only": (1, 2),
+    f"{_STORE}.append": (1, 3, 4),
+    f"{_STORE}._finish": (1, 5),
+    f"{_PUBLISHER}.publish": (1, 2),
+    "services.edge_client.main:extract": (1,),
+    "services.edge_client.participant:local_update": (1, 2),
+    "services.edge_client.participant:chunks": (1, 2, 3, 6),  # of which the upload is half through at 2
+    "services.edge_client.participant:download": (1,),
+    f"{_PARTICIPANT}._join": (1,),
+    f"{_PARTICIPANT}._keep": (1, 2),
+    f"{_PARTICIPANT}._upload_once": (1, 2),
+}
+# Calls come in the order of RELEASES in tests/chaos/inference.py.
+_INFERENCE = {
+    f"{_REGISTRY}.load": (1,),
+    f"{_REGISTRY}.receive": (1, 2, 3, 4),
+    f"{_REGISTRY}._activate": (1, 2, 3, 4),
+    f"{_REGISTRY}._build": (1, 2, 3),
+    f"{_REGISTRY}._forget": (2, 3, 4),
+    "services.inference.registry:write_atomically": (1, 2, 3, 4),
+    "services.runtime.publisher:download": (1, 2, 3, 4),
+    f"{_STORE}.append": (1, 3, 9),
+    f"{_STORE}._finish": (1, 4),
+}
+_SHORT = {
+    f"before {_STATE}.put_site 2",
+    f"after {_STATE}.open_round 1",
+    f"before {_STORE}.append 3",
+    f"before {_STORE}._finish 3",
+    f"before {_STATE}.put_bank 4",
+    f"after {_STATE}.put_bank 1",
+    f"before {_STATE}.put_release 1",
+    f"after {_STATE}.put_release 2",
+    "before services.edge_client.state:write_atomically 6",
+    "after services.edge_client.participant:local_update 2",
+    "after services.edge_client.participant:chunks 2",
+    f"before {_PUBLISHER}.publish 2",
+    f"before {_STORE}.append 4",
+    f"after {_REGISTRY}._activate 4",
+    "after services.inference.registry:write_atomically 4",
+    "after services.runtime.publisher:download 2",
+}
+
+
+def all_cells() -> Iterator[Cell]:
+    """Every cell of the matrix."""
+    for process, points in (("aggregator", _AGGREGATOR), (SITES[0], _EDGE), ("inference", _INFERENCE)):
+        for target, numbers in points.items():
+            for number in numbers:
+                for when in WHENS:
+                    point = KillPoint(target, when, number)
+                    yield Cell(process, (point,), f"{when} {target} {number}" in _SHORT)
+    yield from _TWICE
+
+
+WHENS: tuple[When, When] = ("before", "after")
+
+# What a first death leaves behind is met by a second one.
+_TWICE = (
+    Cell(
+        "aggregator",
+        (KillPoint(f"{_STATE}.put_bank", "after", 1), KillPoint(f"{_STATE}.put_bank", "before", 1)),
+    ),
+    Cell(
+        "aggregator",
+        (KillPoint(f"{_STATE}.put_release", "before", 1), KillPoint(f"{_STATE}.put_release", "before", 1)),
+        short=True,
+    ),
+    Cell(
+        SITES[0],
+        (
+            KillPoint(f"{_EDGE_STATE}.put_generator", "before", 2),
+            KillPoint(f"{_EDGE_STATE}.put_generator", "before", 1),
+        ),
+        short=True,
+    ),
+    Cell(
+        "inference",
+        (KillPoint(f"{_REGISTRY}._forget", "before", 4), KillPoint(f"{_REGISTRY}.load", "after", 1)),
+        short=True,
+    ),
+)

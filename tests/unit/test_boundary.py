@@ -1,0 +1,298 @@
+"""Between the network and the servicers: a real server, and callers that send and do what they like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+from grpc._cython.cygrpc import SSLSessionCacheLRU
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
+
+from feddymem.client.tls import async_channel_to
+from feddymem.v1 import inspection_pb2_grpc
+from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamRequest, InspectStreamResponse
+from feddymem.v1.release_pb2 import DownloadArrayRequest, WatchReleasesRequest
+from services.runtime.array_store import ArrayStore
+from services.runtime.audit import audited
+from services.runtime.errors import invalid
+from services.runtime.identity import Role
+from services.runtime.publisher import Publisher
+from services.runtime.rate import BURST_SECONDS, Rate
+from services.runtime.rpc import MAX_TEXT_BYTES, REQUEST_ID, RPCS, RPCS_TOO_OFTEN
+from services.runtime.server import Service, listening
+from services.runtime.settings import ServiceSettings
+from tests.certificates import Authority
+
+SECONDS = 30
+GARBAGE = b"\xff\xff"
+RELEASES, INSPECTION = "/feddymem.v1.ReleaseService", "/feddymem.v1.InspectionService"
+HEALTH, REFLECTION = "/grpc.health.v1.Health", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+METHODS = {
+    f"{RELEASES}/WatchReleases": "feddymem.v1.WatchReleasesRequest",
+    f"{RELEASES}/DownloadArray": "feddymem.v1.DownloadArrayRequest",
+    f"{INSPECTION}/Inspect": "feddymem.v1.InspectRequest",
+    f"{INSPECTION}/InspectStream": "feddymem.v1.InspectStreamRequest",
+    f"{HEALTH}/Check": "grpc.health.v1.HealthCheckRequest",
+    f"{HEALTH}/Watch": "grpc.health.v1.HealthCheckRequest",
+    REFLECTION: "grpc.reflection.v1alpha.ServerReflectionRequest",
+}
+FAULT = RuntimeError("secret of /var/lib")
+
+
+class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
+    """Refuses, in the words of `site`, what has a site; fails where the federation is named `fault`."""
+
+    async def Inspect(  # noqa: N802
+        self, request: InspectRequest, context: Any
+    ) -> InspectResponse:
+        with audited(context, "inspect", request.federation, request.site):
+            if request.federation == "fault":
+                raise FAULT
+            if request.site:
+                raise invalid(request.site)
+        return InspectResponse(score=1)
+
+    async def InspectStream(  # noqa: N802
+        self, request_iterator: AsyncIterator[InspectStreamRequest], context: Any
+    ) -> AsyncIterator[InspectStreamResponse]:
+        async for request in request_iterator:
+            if request.id == "flood":
+                while True:
+                    yield InspectStreamResponse(id="x" * 2**20)
+            yield InspectStreamResponse(id=request.id)
+
+    @property
+    def service(self) -> Service:
+        return Service(
+            INSPECTION[1:],
+            lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
+            access=dict.fromkeys(("Inspect", "InspectStream"), frozenset({Role.LINE})),
+            admissions={"Inspect": lambda _context: None},
+        )
+
+
+@asynccontextmanager
+async def served(folder: Path, tls_dir: Path | None = None, rate: float = 1000) -> AsyncIterator[str]:
+    """The address of a server of releases, of which there are none, and of `Inspections`."""
+    settings = ServiceSettings(
+        listen="127.0.0.1:0",
+        metrics_listen="127.0.0.1:0",
+        state_dir=folder,
+        tls_dir=tls_dir,
+        address_file=folder / "address.json",
+        drain_seconds=0,
+        max_rpcs_per_second=rate,
+    )
+    publisher = Publisher(ArrayStore(folder / "arrays"), frozenset({Role.LINE}), lambda _who, _federation: True)
+    with capture_logs() as lines:
+        async with listening(settings, Role.INFERENCE, [publisher.service, Inspections().service]):
+            address = next(line["grpc"] for line in lines if line["event"] == "listening")
+            yield address
+
+
+async def outcome(channel: aio.Channel, method: str, *requests: bytes) -> tuple[grpc.StatusCode, str, str]:
+    """How an RPC of any kind ends: status, text and request id."""
+    rpc: Any = channel.stream_stream(method)
+    call = rpc(iter(requests), timeout=SECONDS, metadata=((REQUEST_ID, "mine"),))
+    code, details = await ended(call)
+    [request_id] = [value for key, value in await call.trailing_metadata() if key == REQUEST_ID]
+    return code, details, request_id
+
+
+async def ended(call: Any) -> tuple[grpc.StatusCode, str]:
+    """How a stream ends that is read."""
+    try:
+        while await call.read() is not aio.EOF:
+            pass
+    except aio.AioRpcError:
+        pass
+    return await call.code(), await call.details()
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_bytes_that_are_no_message_are_an_invalid_argument(
+    tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = RPCS.labels(method, "INVALID_ARGUMENT")._value.get()
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        code, details, _id = await outcome(channel, method, GARBAGE)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith(f"the request is not a valid {METHODS[method]} message: ")
+    assert RPCS.labels(method, "INVALID_ARGUMENT")._value.get() == before + 1
+    assert not caplog.records  # of gRPC itself, with a stack trace
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "Stream" not in name and name != REFLECTION])
+async def test_a_call_without_a_request_is_an_invalid_argument(tmp_path: Path, method: str) -> None:
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        code, details, _id = await outcome(channel, method)
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a request; send one")
+
+
+async def test_garbage_ends_a_stream_after_its_answers(tmp_path: Path) -> None:
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        rpc: Any = channel.stream_stream(f"{INSPECTION}/InspectStream")
+        call = rpc(iter([InspectStreamRequest(id="1").SerializeToString(), GARBAGE]), timeout=SECONDS)
+        assert await call.read() == InspectStreamResponse(id="1").SerializeToString()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_health_and_reflection_answer(tmp_path: Path) -> None:
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        check: Any = channel.unary_unary(f"{HEALTH}/Check")
+        answer = await check(health_pb2.HealthCheckRequest(service="liveness").SerializeToString(), timeout=SECONDS)
+        assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
+        unknown = health_pb2.HealthCheckRequest(service="moon").SerializeToString()
+        assert (await outcome(channel, f"{HEALTH}/Check", unknown))[0] is grpc.StatusCode.NOT_FOUND
+        watch: Any = channel.unary_stream(f"{HEALTH}/Watch")
+        first = await watch(b"", timeout=SECONDS).read()
+        assert health_pb2.HealthCheckResponse.FromString(first).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        reflect: Any = channel.stream_stream(REFLECTION)
+        question = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
+        listed = await reflect(iter([question]), timeout=SECONDS).read()
+        names = reflection_pb2.ServerReflectionResponse.FromString(listed).list_services_response.service
+        assert {f"/{service.name}" for service in names} == {
+            RELEASES,
+            INSPECTION,
+            HEALTH,
+            REFLECTION.rpartition("/")[0],
+        }
+
+
+@pytest.mark.parametrize(
+    ("request_", "event"),
+    [
+        (InspectRequest(site="no such thing"), "rpc_refused"),
+        (InspectRequest(federation="fault"), "rpc_failed"),
+    ],
+    ids=["refused", "failed"],
+)
+async def test_what_goes_wrong_is_found_in_the_log_by_the_id_that_the_caller_gets(
+    tmp_path: Path, request_: InspectRequest, event: str
+) -> None:
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        with capture_logs(processors=[merge_contextvars]) as lines:
+            _code, details, request_id = await outcome(channel, f"{INSPECTION}/Inspect", request_.SerializeToString())
+    found = [line for line in lines if line.get("request_id") == request_id]
+    assert [line["event"] for line in found] == ["audit", event]
+    assert {line["method"] for line in found} == {f"{INSPECTION}/Inspect"}
+    assert request_id != "mine"
+    assert "secret" not in details
+    assert event != "rpc_failed" or request_id in details
+
+
+async def test_every_rpc_has_an_id_of_its_own(tmp_path: Path) -> None:
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        ids = [(await outcome(channel, f"{INSPECTION}/Inspect", b""))[2] for _ in range(3)]
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize("letter", ["a", "\N{PILE OF POO}"])
+async def test_a_text_that_repeats_a_long_name_still_arrives(tmp_path: Path, letter: str) -> None:
+    request = InspectRequest(site=letter * 10**6).SerializeToString()
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        code, details, _id = await outcome(channel, f"{INSPECTION}/Inspect", request)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details == letter * (MAX_TEXT_BYTES // len(letter.encode())) + " ..."
+
+
+async def test_a_flood_of_refusals_does_not_flood_the_log(tmp_path: Path) -> None:
+    refused = InspectRequest(site="no").SerializeToString()
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        with capture_logs() as lines:
+            for _ in range(300):
+                await outcome(channel, f"{INSPECTION}/Inspect", refused)
+            await outcome(channel, f"{RELEASES}/DownloadArray", b"")
+    logged = [line for line in lines if line["event"] == "rpc_refused" and line["code"] == "INVALID_ARGUMENT"]
+    assert 0 < len(logged) < 250
+    assert [line["code"] for line in lines if line["event"] == "rpc_refused"][-1] == "NOT_FOUND"
+
+
+async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not(tmp_path: Path) -> None:
+    authority, method = Authority(tmp_path / "authority"), f"{RELEASES}/DownloadArray"
+    hub = authority.issue(Role.INFERENCE, "berlin")
+    before = RPCS_TOO_OFTEN.labels(method)._value.get()
+    async with served(tmp_path, hub, rate=0.5) as address:
+        async with async_channel_to(address, [], authority.issue(Role.LINE, "one")) as channel:
+            ends = [await outcome(channel, method, DownloadArrayRequest().SerializeToString()) for _ in range(8)]
+            codes = [code for code, _details, _id in ends]
+            assert codes[:5] == [grpc.StatusCode.NOT_FOUND] * 5
+            assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "more than 0.5 RPCs a second" in ends[-1][1]
+            inspect = [await outcome(channel, f"{INSPECTION}/Inspect", b"") for _ in range(20)]
+            assert {code for code, _details, _id in inspect} == {grpc.StatusCode.OK}
+        async with async_channel_to(address, [], authority.issue(Role.LINE, "two")) as channel:
+            code, _details, _id = await outcome(channel, method, b"")
+            assert code is grpc.StatusCode.NOT_FOUND
+    assert RPCS_TOO_OFTEN.labels(method)._value.get() > before
+
+
+def test_a_rate_is_regained_by_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("services.runtime.rate.time.monotonic", lambda: now)
+    rate = Rate(2)
+    assert [rate.take("a") for _ in range(2 * BURST_SECONDS + 1)] == [True] * 2 * BURST_SECONDS + [False]
+    now = 1.0
+    assert [rate.take("a") for _ in range(3)] == [True, True, False]
+    for number in range(20_000):
+        assert rate.take(f"{number}")
+    assert len(rate._buckets) == 10_000
+
+
+SHORT_SECONDS = 3
+STREAMS = {
+    f"{RELEASES}/WatchReleases": WatchReleasesRequest().SerializeToString(),
+    f"{INSPECTION}/InspectStream": InspectStreamRequest(id="1").SerializeToString(),
+    f"{HEALTH}/Watch": b"",
+    REFLECTION: b"",
+}
+
+
+async def test_open_streams_end_when_the_certificate_of_who_calls_expires(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    hub = authority.issue(Role.INFERENCE, "berlin")
+    async with served(tmp_path, hub) as address:
+        short = authority.issue(Role.LINE, "short", days=SHORT_SECONDS / 86_400)
+        async with async_channel_to(address, [], short) as channel:
+            calls = []
+            for method, request in STREAMS.items():
+                rpc: Any = channel.stream_stream(method)
+                call = rpc(timeout=SECONDS)
+                await call.write(request)
+                calls.append(call)
+            unread: Any = channel.stream_stream(f"{INSPECTION}/InspectStream")(timeout=SECONDS)
+            await unread.write(InspectStreamRequest(id="flood").SerializeToString())  # blocked, because nobody reads
+            ends = await asyncio.gather(*(ended(call) for call in calls))
+            expired = (grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired; renew it and connect again")
+            assert ends == [expired] * len(STREAMS)
+            assert await ended(unread) == expired
+            for method in METHODS:  # on the connection that is still open
+                assert (await outcome(channel, method, b""))[:2] == expired
+
+
+async def test_who_resumes_a_tls_session_with_an_expired_certificate_gets_nothing(tmp_path: Path) -> None:
+    """The server takes the session up without another look at the certificate."""
+    authority = Authority(tmp_path / "authority")
+    hub = authority.issue(Role.INFERENCE, "berlin")
+    options = [("grpc.ssl_session_cache", SSLSessionCacheLRU(1)), ("grpc.use_local_subchannel_pool", 1)]
+    async with served(tmp_path, hub) as address:
+        short = authority.issue(Role.LINE, "short", days=SHORT_SECONDS / 86_400)
+        async with asyncio.timeout(SECONDS):
+            while True:
+                async with async_channel_to(address, options, short) as channel:
+                    code, details, _id = await outcome(channel, f"{HEALTH}/Check", b"")
+                if code is not grpc.StatusCode.OK:
+                    break
+    assert (code, details) == (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the certificate has expired; renew it and connect again",
+    )
