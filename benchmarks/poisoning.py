@@ -1,9 +1,9 @@
 """Poisoned banks: what a site that uploads something else than its bank does to the image AUROC of the others.
 
-One site of a data set is the attacker in every round, then another. Each attack runs as the services
-would (outlying banks are left out), and where a bank was left out, once more with all banks trusted. Drops are against
-the federation in which the attacker is honest; `absent` is the federation without it, which is what is left of any
-attack that is found.
+One site of a data set is the attacker in every round, then another. Each attack runs as it would in the services, where
+outlying banks are left out; one that was found runs once more with all banks trusted, for the first attacker. Drops are
+against the federation in which the attacker is honest; `absent` is the federation without it, which is what is left of
+an attack that is found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from feddymem.datasets import SiteData, load_sites
 from feddymem.evaluation import auroc
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.federation import MEMORY_TYPE, next_memory
+from feddymem.folders import cache_folder
 from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
@@ -104,26 +104,17 @@ def defects(sites: Sites, site: str, memory: MemoryBank | None) -> MemoryBank:
     return sites.bank(site, memory, defects=True)
 
 
-def scaled(factor: float) -> Attack:
-    """Another site's bank, scaled."""
-
-    def attack(sites: Sites, site: str, memory: MemoryBank | None) -> MemoryBank:
-        other = sites.names[sites.names.index(site) - 1]
-        bank = sites.bank(other, memory)
-        return _with_items(bank, bank.items * factor)
-
-    return attack
+def scaled(sites: Sites, site: str, memory: MemoryBank | None) -> MemoryBank:
+    """Another site's bank, scaled by 10."""
+    bank = sites.bank(sites.names[sites.names.index(site) - 1], memory)
+    return _with_items(bank, bank.items * 10)
 
 
-def duplicates(deviation: float) -> Attack:
-    """One item of its bank again and again, with noise of so much of the bank's deviation."""
-
-    def attack(sites: Sites, site: str, memory: MemoryBank | None) -> MemoryBank:
-        bank = sites.bank(site, memory)
-        values = np.random.default_rng(0).normal(bank.items[0], bank.items.std(0) * deviation, bank.items.shape)
-        return _with_items(bank, values)
-
-    return attack
+def duplicates(sites: Sites, site: str, memory: MemoryBank | None) -> MemoryBank:
+    """One item of its bank again and again, with noise of a hundredth of the bank's deviation."""
+    bank = sites.bank(site, memory)
+    values = np.random.default_rng(0).normal(bank.items[0], bank.items.std(0) / 100, bank.items.shape)
+    return _with_items(bank, values)
 
 
 def _with_items(bank: MemoryBank, items: np.ndarray[Any, Any]) -> MemoryBank:
@@ -134,13 +125,10 @@ ATTACKS: dict[str, Attack] = {
     "absent": absent,
     "noise": noise,
     "defects": defects,
-    "scaled by 10": scaled(10),
-    "duplicates": duplicates(0.01),
+    "scaled by 10": scaled,
+    "duplicates": duplicates,
     "noise with covariance": noise_with_covariance,
-    "scaled by 2.5": scaled(2.5),
-    "duplicates far apart": duplicates(0.15),
 }
-"""The last three are made so that they are not found."""
 
 
 def federate(sites: Sites, attacker: str, attack: Attack, trusted: Sequence[str] = ()) -> tuple[MemoryBank, list[str]]:
@@ -156,44 +144,46 @@ def federate(sites: Sites, attacker: str, attack: Attack, trusted: Sequence[str]
     return memory, left_out
 
 
-def measure(sites: Sites, attacker: str) -> dict[str, object]:
-    """All attacks of one site."""
+def measure(sites: Sites, attacker: str, undefended: bool) -> dict[str, dict[str, object]]:
+    """All attacks of one site; with `undefended`, those that are found once more as if they were not."""
     others = [name for name in sites.names if name != attacker]
+
+    def aurocs(memory: MemoryBank) -> np.ndarray[Any, Any]:
+        return np.array([sites.auroc(name, memory) for name in others])
+
     memory, left_out = federate(sites, attacker, honest)
-    before = [sites.auroc(name, memory) for name in others]
-
-    def drops(memory: MemoryBank) -> dict[str, float]:
-        lost = np.array(before) - [sites.auroc(name, memory) for name in others]
-        return {"drop": round(float(lost.mean()), 4), "of_a_site": round(float(lost.max()), 4)}
-
-    result: dict[str, object] = {
-        "honest": {"image_auroc": round(float(np.mean(before)), 4), "left_out": "; ".join(left_out)}
+    before = aurocs(memory)
+    result: dict[str, dict[str, object]] = {
+        "honest": {"image_auroc": round(float(before.mean()), 4), "left_out": "; ".join(left_out)}
     }
     for name, attack in ATTACKS.items():
         memory, left_out = federate(sites, attacker, attack)
-        figures: dict[str, object] = {**drops(memory), "left_out": "; ".join(left_out)}
-        if left_out:
-            figures["drop_trusted"] = drops(federate(sites, attacker, attack, sites.names)[0])["drop"]
-        elif attack is not absent:
+        drops = before - aurocs(memory)
+        figures = {"drop": drops.mean(), "of_a_site": drops.max()}
+        if not left_out and attack is not absent:
             banned = memory.without([sites.names.index(attacker)])
             assert banned is not None, "other sites have items too"
-            figures["drop_banned"] = drops(banned)["drop"]
-        result[name] = figures
-        print(attacker, name, figures, flush=True)
+            figures["banned"] = (before - aurocs(banned)).mean()
+        elif left_out and undefended:
+            memory, _ = federate(sites, attacker, attack, trusted=sites.names)
+            figures["undefended"] = (before - aurocs(memory)).mean()
+        rounded = {what: round(float(value), 4) for what, value in figures.items()}
+        result[name] = {**rounded, "left_out": "; ".join(left_out)}
+        print(attacker, name, result[name], flush=True)
     return result
 
 
 def main(data: list[Path]) -> None:
     """Measures on data sets of site folders, and writes benchmarks/results/poisoning.json."""
     configure_hardware(None)
-    result = {}
-    with TemporaryDirectory(prefix="feddymem-bench-") as folder:
-        cache = FeatureCache(Path(folder), load_extractor())
-        for path in data:
-            sites = Sites(load_sites(path), cache)
-            attackers = sites.names[:: len(sites.names) // ATTACKERS][:ATTACKERS]
-            result[path.name] = {attacker: measure(sites, attacker) for attacker in attackers}
-    write_result("poisoning", result)
+    cache = FeatureCache(cache_folder(), load_extractor())
+    sets = {path.name: Sites(load_sites(path), cache) for path in data}
+    result: dict[str, dict[str, object]] = {name: {} for name in sets}
+    for number in range(ATTACKERS):
+        for name, sites in sets.items():
+            attacker = sites.names[number * len(sites.names) // ATTACKERS]
+            result[name][attacker] = measure(sites, attacker, undefended=number == 0)
+            write_result("poisoning", result)
 
 
 if __name__ == "__main__":
