@@ -1,16 +1,15 @@
 """Poisoned banks: what a site that uploads something else than its bank does to the image AUROC of the others.
 
-One site of a data set is the attacker in every round, then another. Each attack runs as it would in the services, where
-outlying banks are left out; one that was found runs once more with all banks trusted, for the first attacker. Drops are
-against the federation in which the attacker is honest; `absent` is the federation without it, which is what is left of
-an attack that is found.
+One site of a data set is the attacker in every round, then another. Outlying banks are left out as in the services.
+Drops are against the federation of the others alone, which is the best that any defence can do; what the others have
+from the attacker as long as it is honest is told as well. In the end, attacks that are found run with all trusted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from feddymem.federation import MEMORY_TYPE, next_memory
 from feddymem.folders import cache_folder
 from feddymem.item_types import as_received
 from feddymem.local_update import local_update
-from feddymem.memory import MemoryBank
+from feddymem.memory import FloatArray, MemoryBank
 from feddymem.method import Method
+from feddymem.outliers import outlying
 from feddymem.scoring import Scorer
 from services.runtime.hardware import configure_hardware
 
@@ -37,12 +37,13 @@ _BATCH_IMAGES = 8
 
 
 class Sites:
-    """The sites of a data set. What was computed of one memory is kept: attacks that are found leave the same one."""
+    """The sites of a data set. What was computed is kept: attacks that are found all leave the same memory."""
 
     def __init__(self, sites: Sequence[SiteData], cache: FeatureCache) -> None:
         self.names = [site.name for site in sites]
         self._sites, self._cache = {site.name: site for site in sites}, cache
         self._banks: dict[tuple[object, ...], MemoryBank] = {}
+        self._memories: dict[tuple[object, ...], MemoryBank] = {}
         self._aurocs: dict[tuple[object, ...], float] = {}
 
     def bank(self, name: str, memory: MemoryBank | None, defects: bool = False) -> MemoryBank:
@@ -55,8 +56,19 @@ class Sites:
             self._banks[key] = local_update(CachedPatches(self._cache, paths), memory, None, METHOD, number).bank
         return self._banks[key]
 
-    def auroc(self, name: str, memory: MemoryBank) -> float:
-        """Image AUROC of a site's test images."""
+    def merged(self, memory: MemoryBank | None, banks: Mapping[str, MemoryBank]) -> MemoryBank:
+        """The next memory of banks of which none is to be left out."""
+        key = _digest(memory), *((name, _digest(bank)) for name, bank in banks.items())
+        if key not in self._memories:
+            merged = next_memory(memory, banks, self.names, METHOD, trusted=self.names).memory
+            self._memories[key] = as_received(merged, MEMORY_TYPE)
+        return self._memories[key]
+
+    def aurocs(self, memory: MemoryBank, attacker: str) -> FloatArray:
+        """Image AUROC of all sites but the attacker."""
+        return np.array([self._auroc(name, memory) for name in self.names if name != attacker], np.float32)
+
+    def _auroc(self, name: str, memory: MemoryBank) -> float:
         key = name, _digest(memory)
         if key not in self._aurocs:
             images, scorer = self._sites[name].test, Scorer(self._cache.extractor, memory, None)
@@ -122,54 +134,48 @@ def _with_items(bank: MemoryBank, items: np.ndarray[Any, Any]) -> MemoryBank:
 
 
 ATTACKS: dict[str, Attack] = {
-    "absent": absent,
     "noise": noise,
-    "defects": defects,
-    "scaled by 10": scaled,
+    "scaled": scaled,
     "duplicates": duplicates,
+    "defects": defects,
     "noise with covariance": noise_with_covariance,
 }
 
 
-def federate(sites: Sites, attacker: str, attack: Attack, trusted: Sequence[str] = ()) -> tuple[MemoryBank, list[str]]:
-    """The global memory after all rounds, and whose banks were left out: "ROUND SITE"."""
+def federate(
+    sites: Sites, attacker: str, attack: Attack, trusted: Collection[str] = ()
+) -> tuple[MemoryBank, list[tuple[int, str]]]:
+    """The global memory after all rounds, and which banks were left out: round and site."""
     memory, left_out = None, []
     for number in range(1, METHOD.rounds + 1):
         uploads = {name: (attack if name == attacker else honest)(sites, name, memory) for name in sites.names}
         banks = {name: as_received(bank, METHOD.item_type) for name, bank in uploads.items() if bank is not None}
-        merged = next_memory(memory, banks, sites.names, METHOD, trusted)
-        memory = as_received(merged.memory, MEMORY_TYPE)
-        left_out += [f"{number} {each.site}" for each in merged.outliers]
+        for outlier in outlying(banks, trusted):
+            left_out.append((number, outlier.site))
+            del banks[outlier.site]
+        memory = sites.merged(memory, banks)
     assert memory is not None, "a method has at least one round"
     return memory, left_out
 
 
-def measure(sites: Sites, attacker: str, undefended: bool) -> dict[str, dict[str, object]]:
-    """All attacks of one site; with `undefended`, those that are found once more as if they were not."""
-    others = [name for name in sites.names if name != attacker]
+def measure(sites: Sites, attacker: str, attack: Attack, trusted: Collection[str] = ()) -> dict[str, object]:
+    """What an attack does to the other sites: mean drop, and that of the site that loses most.
 
-    def aurocs(memory: MemoryBank) -> np.ndarray[Any, Any]:
-        return np.array([sites.auroc(name, memory) for name in others])
-
-    memory, left_out = federate(sites, attacker, honest)
-    before = aurocs(memory)
-    result: dict[str, dict[str, object]] = {
-        "honest": {"image_auroc": round(float(before.mean()), 4), "left_out": "; ".join(left_out)}
-    }
-    for name, attack in ATTACKS.items():
-        memory, left_out = federate(sites, attacker, attack)
-        drops = before - aurocs(memory)
-        figures = {"drop": drops.mean(), "of_a_site": drops.max()}
-        if not left_out and attack is not absent:
-            banned = memory.without([sites.names.index(attacker)])
-            assert banned is not None, "other sites have items too"
-            figures["banned"] = (before - aurocs(banned)).mean()
-        elif left_out and undefended:
-            memory, _ = federate(sites, attacker, attack, trusted=sites.names)
-            figures["undefended"] = (before - aurocs(memory)).mean()
-        rounded = {what: round(float(value), 4) for what, value in figures.items()}
-        result[name] = {**rounded, "left_out": "; ".join(left_out)}
-        print(attacker, name, result[name], flush=True)
+    `after_ban` is what is left of the drop when an operator takes the attacker's items out of the memory.
+    """
+    alone = sites.aurocs(federate(sites, attacker, absent)[0], attacker)
+    memory, left_out = federate(sites, attacker, attack, trusted)
+    drops = alone - sites.aurocs(memory, attacker)
+    figures = {"drop": drops.mean(), "of_a_site": drops.max()}
+    if attack is honest:
+        figures = {"auroc_alone": alone.mean(), "auroc": (alone - drops).mean(), **figures}
+    elif not left_out and not trusted:
+        banned = memory.without([sites.names.index(attacker)])
+        assert banned is not None, "the others have items too"
+        figures["after_ban"] = (alone - sites.aurocs(banned, attacker)).mean()
+    result: dict[str, object] = {what: round(float(value), 4) for what, value in figures.items()}
+    if not trusted:
+        result["left_out"] = " ".join(f"{number}:{site}" for number, site in left_out)
     return result
 
 
@@ -178,11 +184,16 @@ def main(data: list[Path]) -> None:
     configure_hardware(None)
     cache = FeatureCache(cache_folder(), load_extractor())
     sets = {path.name: Sites(load_sites(path), cache) for path in data}
-    result: dict[str, dict[str, object]] = {name: {} for name in sets}
-    for number in range(ATTACKERS):
+    result: dict[str, dict[str, dict[str, object]]] = {name: {} for name in sets}
+    for what, attack in {"honest": honest, **ATTACKS}.items():
         for name, sites in sets.items():
-            attacker = sites.names[number * len(sites.names) // ATTACKERS]
-            result[name][attacker] = measure(sites, attacker, undefended=number == 0)
+            attackers = sites.names[:: len(sites.names) // ATTACKERS][:ATTACKERS]
+            result[name][what] = {attacker: measure(sites, attacker, attack) for attacker in attackers}
+            write_result("poisoning", result)
+    for what in ("noise", "scaled", "duplicates"):
+        for name, sites in sets.items():
+            attacker = sites.names[0]
+            result[name][f"{what}, all trusted"] = {attacker: measure(sites, attacker, ATTACKS[what], sites.names)}
             write_result("poisoning", result)
 
 
