@@ -10,16 +10,13 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from feddymem.memory import FloatArray, MemoryBank
-from feddymem.memory_reduce import Places, greedy_cover
+from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import greedy_cover
 
 _ITERATIONS = 10
 _FAIR_SHARES = 2.0
-"""Seeds of one origin, at most, in equal shares of the memory (docs/method.md, "Poisoned banks")."""
-_FEWEST_ORIGINS = 3
-"""With fewer, two equal shares are the whole memory."""
+"""Items of one origin, at most, in equal shares of the memory (docs/method.md, "Poisoned banks")."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,8 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
     spread takes in both the spreads of its parts and their distances to it. With `weighted`, items count in k-means as
     often as the patches behind them; without, each counts once, which keeps rare patches represented (docs/method.md).
 
-    Where they do not, an origin has at most `_FAIR_SHARES` equal shares of the seeds, whatever was uploaded. Once it
-    has them, its other items are left out; until then, they are no farther from the seeds than those of others (ours).
+    Where they do not, an origin that is alone behind more than `_FAIR_SHARES` equal shares of `count` has those items
+    merged to so many first, so that no site takes the places of the others, whatever it uploads (ours).
 
     Raises:
         ValueError: no banks, or banks of different numbers of channels or origins.
@@ -57,6 +54,30 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
         if len(numbers) > 1:
             raise ValueError(f"banks have different numbers of {what}: {sorted(numbers)}")
     pool = MemoryBank.concatenate(banks)
+    if len(pool) > count:
+        pool = _fair(pool, count, seed, weighted)
+    return _k_means(pool, count, seed, weighted)
+
+
+def _fair(pool: MemoryBank, count: int, seed: int, weighted: bool) -> MemoryBank:
+    """The pool, with at most `_FAIR_SHARES` equal shares of `count` items that one origin is alone behind.
+
+    With two origins or one, that is all of them, and the pool stays as it is.
+    """
+    most = math.ceil(_FAIR_SHARES * count / pool.origins)
+    if most >= count:
+        return pool
+    alone = np.count_nonzero(pool.weights, axis=1) == 1
+    owners = np.where(alone, pool.weights.argmax(1), pool.origins)
+    crowded = np.flatnonzero(np.bincount(owners, minlength=pool.origins)[: pool.origins] > most)
+    if not len(crowded):
+        return pool
+    merged = [_k_means(pool.only(owners == origin), most, seed, weighted).memory for origin in crowded]
+    others = ~np.isin(owners, crowded)
+    return MemoryBank.concatenate([pool.only(others), *merged] if others.any() else merged)
+
+
+def _k_means(pool: MemoryBank, count: int, seed: int, weighted: bool) -> Aggregation:
     if len(pool) <= count:
         return Aggregation(memory=pool, iterations=0, inertia=0.0)
     kmeans = faiss.Kmeans(
@@ -67,29 +88,12 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
         min_points_per_centroid=1,
         max_points_per_centroid=len(pool),
     )
-    seeds, kept = _seeds(pool, count)
+    seeds = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]
     if len(seeds) < count:  # fewer distinct items than wanted
         kmeans.k = len(seeds)
-    pool = pool.only(kept)
     kmeans.train(pool.items, weights=pool.patches.astype(np.float32) if weighted else None, init_centroids=seeds)
     memory, inertia = _merge(pool, kmeans)
     return Aggregation(memory=memory, iterations=_ITERATIONS, inertia=inertia)
-
-
-def _seeds(pool: MemoryBank, count: int) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Where k-means starts, (k, channels), and which items of the pool take part in it, (items,)."""
-    items, kept = torch.from_numpy(pool.items), np.ones(len(pool), np.bool_)
-    if pool.origins < _FEWEST_ORIGINS:
-        return pool.items[greedy_cover(items, count).numpy()], kept
-    alone = (pool.weights > 0).sum(1) == 1
-    owners = np.where(alone, pool.weights.argmax(1), pool.origins)
-    places = np.full(pool.origins + 1, math.ceil(_FAIR_SHARES * count / pool.origins))
-    places[-1] = len(pool)  # items of several origins have no bound
-    picks = greedy_cover(items, count, places=Places(torch.from_numpy(owners), places.tolist())).numpy()
-    full = (np.bincount(owners[picks], minlength=len(places)) >= places) & (places < count)
-    kept[full[owners]] = False
-    kept[picks] = True
-    return pool.items[picks], kept
 
 
 def _merge(pool: MemoryBank, kmeans: faiss.Kmeans) -> tuple[MemoryBank, float]:

@@ -95,6 +95,10 @@ class MemoryBank:
         weights[:, first : first + self.origins] = self.weights
         return dataclasses.replace(self, weights=weights)
 
+    def only(self, chosen: NDArray[np.bool_]) -> MemoryBank:
+        """Some of the items, at least one: (n,) bool."""
+        return MemoryBank(self.items[chosen], self.weights[chosen], self.spreads[chosen])
+
     def without(self, origins: Collection[int]) -> MemoryBank | None:
         """What is left when the patches of some origins are taken away; None if nothing is.
 
@@ -104,10 +108,6 @@ class MemoryBank:
         weights[:, [origin for origin in origins if origin < self.origins]] = 0
         left = weights.any(1)
         return MemoryBank(self.items[left], weights[left], self.spreads[left]) if left.any() else None
-
-    def only(self, chosen: NDArray[np.bool_]) -> MemoryBank:
-        """Some of the items, at least one: (n,) bool."""
-        return MemoryBank(self.items[chosen], self.weights[chosen], self.spreads[chosen])
 
     @staticmethod
     def concatenate(banks: list[MemoryBank]) -> MemoryBank:

@@ -14,8 +14,7 @@ block and about as much again for distances. So a block is let go before the nex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -100,20 +99,7 @@ def sample(
     return MemoryBank(items=items, weights=weights, spreads=np.zeros(len(items), np.float32))
 
 
-@dataclass(frozen=True, eq=False)
-class Places:
-    """How many picks may be of each owner.
-
-    Attributes:
-        owners: (n,) int64, whose each point is.
-        most: picks of each owner, at most; at least 1.
-    """
-
-    owners: Tensor
-    most: Sequence[int]
-
-
-def greedy_cover(points: Tensor, count: int, base: Tensor | None = None, places: Places | None = None) -> Tensor:
+def greedy_cover(points: Tensor, count: int, base: Tensor | None = None) -> Tensor:
     """Greedy k-centre: each pick is the point farthest from all picks before it, and from the base.
 
     Without a base, the first pick is the point nearest to the mean.
@@ -125,11 +111,9 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None, places:
         points: (n, channels) float32.
         count: picks wanted.
         base: (m, channels) float32, covered already; None for none.
-        places: how many picks may be of each owner; an owner who has them is passed over. None for no bound.
 
     Returns:
-        (k,) int64 indices in the order picked; k < count only where all other points coincide with a pick, or have
-        owners who are passed over.
+        (k,) int64 indices in the order picked; k < count only where all other points coincide with a pick.
     """
     squares = squared_lengths(points)
     picks: list[int] = []
@@ -138,20 +122,6 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None, places:
         bound = squared_distances(points, squares, points[picks]).squeeze(1)
     else:
         bound = nearest_items(points, base)[0].square()
-    left = [] if places is None else list(places.most)
-
-    def take_place(pick: int) -> Tensor | None:
-        """Counts a pick; the points of its owner, (n,) bool, if that was the last place."""
-        if places is None:
-            return None
-        owner = int(places.owners[pick])
-        left[owner] -= 1
-        return places.owners == owner if left[owner] == 0 else None
-
-    for pick in picks:
-        passed_over = take_place(pick)
-        if passed_over is not None:
-            bound[passed_over] = 0
     up_to_date = torch.full((len(points),), len(picks), dtype=torch.int64, device=points.device)
     while len(picks) < min(count, len(points)):
         width = min(_FRONTIER, len(points))
@@ -170,10 +140,6 @@ def greedy_cover(points: Tensor, count: int, base: Tensor | None = None, places:
             picks.append(int(frontier[best]))
             nearest = torch.minimum(nearest, squared_distances(rows, row_squares, rows[best : best + 1]).squeeze(1))
             nearest[best] = 0
-            passed_over = take_place(picks[-1])
-            if passed_over is not None:
-                bound[passed_over] = 0
-                nearest[passed_over[frontier]] = 0
         bound[frontier] = nearest
         up_to_date[frontier] = len(picks)
         if outside <= 0 and float(nearest.max()) <= 0:

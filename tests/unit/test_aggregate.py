@@ -149,3 +149,54 @@ def test_weighted_items_pull_the_merged_item_towards_the_heavier(weights: list[l
     plain, weighted = (sorted(aggregate([bank], 2, weighted=w).memory.items[:, 0].tolist()) for w in (False, True))
     assert plain == pytest.approx([0.5, 9.0])
     assert weighted == pytest.approx([0.1, 9.0])
+
+
+def owned(memory: MemoryBank, origin: int) -> int:
+    """Items that one origin is alone behind."""
+    return int(((memory.weights[:, origin] > 0) & (np.count_nonzero(memory.weights, axis=1) == 1)).sum())
+
+
+@given(
+    st.integers(3, 6),
+    st.integers(10, 30),
+    st.lists(st.tuples(st.integers(1, 90), st.sampled_from([0, 1, 100, 60_000])), min_size=1, max_size=4),
+    st.integers(1, 2**20),
+)
+def test_whatever_a_site_uploads_it_has_at_most_two_equal_shares_of_a_full_memory(
+    origins: int, count: int, uploads: list[tuple[int, float]], weight: int
+) -> None:
+    """Round after round, with any number of items, however far apart."""
+    memory = [bank(15, seed=origin).placed(origin, origins) for origin in range(1, origins)]
+    for number, (items, size) in enumerate(uploads):
+        upload = bank(items, seed=100 + number)
+        upload = MemoryBank(size * upload.items, weight * upload.weights, upload.spreads).placed(0, origins)
+        full = sum(map(len, [*memory, upload])) > count
+        total = sum(each.weights.sum(0, dtype=np.float64) for each in [*memory, upload])
+        memory = [aggregate([*memory, upload], count).memory]
+        assert len(memory[0]) <= count
+        assert not full or owned(memory[0], 0) <= np.ceil(2 * count / origins)
+        np.testing.assert_allclose(memory[0].weights.sum(0), total, rtol=1e-5)
+
+
+def test_a_site_does_not_take_the_places_of_the_others() -> None:
+    """Noise is farther from everything than what honest sites have, so that coverage seeds would all be noise."""
+    honest = [bank(60, seed=origin).placed(origin, 4) for origin in range(1, 4)]
+    noise = MemoryBank(
+        np.random.default_rng(0).normal(0, 1000, (500, 5)).astype(np.float32),
+        np.ones((500, 1), np.float32),
+        np.zeros(500, np.float32),
+    ).placed(0, 4)
+    merged = aggregate([*honest, noise], 100).memory
+    alone = aggregate(honest, 50).memory
+    assert owned(merged, 0) == 50
+    pool = MemoryBank.concatenate(honest).items
+    assert squared_distances(pool, merged.items).min(1).max() <= 2 * squared_distances(pool, alone.items).min(1).max()
+
+
+@pytest.mark.parametrize(("origins", "items"), [(1, 120), (2, 110), (4, 50)])
+def test_sites_within_their_shares_are_merged_as_if_there_were_no_bound(origins: int, items: int) -> None:
+    banks = [bank(items, seed=origin).placed(origin, origins) for origin in range(origins)]
+    single = [MemoryBank(each.items, each.patches.astype(np.float32)[:, None], each.spreads) for each in banks]
+    merged, plain = aggregate(banks, 100).memory, aggregate(single, 100).memory
+    np.testing.assert_array_equal(merged.items, plain.items)
+    np.testing.assert_array_equal(merged.spreads, plain.spreads)

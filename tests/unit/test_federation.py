@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,42 @@ def test_the_number_of_origins_is_bounded() -> None:
     memory = next_memory(None, banks, sites, method(memory_items=1000)).memory
     assert memory.weights.shape == (len(sites), MAX_ORIGINS)
     assert [row.nonzero()[0].tolist() for row in memory.weights[[0, 1, 63, 64, 65]]] == [[0], [1], [63], [0], [1]]
+
+
+def spread_out(seed: int, size: float = 1) -> MemoryBank:
+    """A bank of items that are no noise: what is in one channel goes with what is in the others."""
+    rng = np.random.default_rng(seed)
+    items = size * rng.gamma(1, 1, (80, 3)) @ rng.normal(size=(3, CHANNELS))
+    return MemoryBank(items.astype(np.float32), np.ones((80, 1), np.float32), np.zeros(80, np.float32))
+
+
+def test_outlying_banks_are_left_out_and_trusted_ones_are_not() -> None:
+    roomy, sites = method(memory_items=1000), ["a", "b", "c"]
+    first = {site: spread_out(number) for number, site in enumerate(sites)}
+    memory = next_memory(None, first, sites, roomy)
+    assert memory.outliers == ()
+    second = first | {"b": spread_out(1, size=10)}
+    without = next_memory(memory.memory, second, sites, roomy)
+    assert [each.site for each in without.outliers] == ["b"]
+    assert without.memory.patches.sum() == 240 + 160
+    assert without.memory.weights.sum(0).tolist() == [160, 80, 160]  # what the memory had stays
+    trusted = next_memory(memory.memory, second, sites, roomy, trusted={"b"})
+    assert trusted.outliers == ()
+    assert trusted.memory.weights.sum(0).tolist() == [160, 160, 160]
+
+
+def test_the_weights_of_one_site_are_bounded() -> None:
+    banks = {site: spread_out(number) for number, site in enumerate("abc")}
+    banks["b"] = dataclasses.replace(banks["b"], weights=np.full((80, 1), 1e30, np.float32))
+    merged = next_memory(None, banks, ["a", "b", "c"], method(memory_items=1000)).memory
+    np.testing.assert_allclose(merged.weights.sum(0), [80, 240, 80], rtol=1e-6)
+
+
+def test_a_federation_tells_which_banks_were_left_out() -> None:
+    sites: dict[str, PatchSource] = {site: PatchArray(features(0, seed=seed)) for seed, site in enumerate("abc")}
+    assert federate(sites, METHOD).outliers == ((), ())
+    far = sites | {"d": PatchArray(100 * features(0, seed=3))}
+    assert [[each.site for each in outliers] for outliers in federate(far, METHOD).outliers] == [["d"], ["d"]]
 
 
 @pytest.mark.parametrize("items", [1, 10, 60])

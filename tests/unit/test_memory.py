@@ -109,6 +109,13 @@ def test_concatenated_banks_keep_items_weights_and_spreads_in_order() -> None:
     assert joined.spreads.tolist() == [0, 0.5, 1, 0, 1]
 
 
+def test_some_of_the_items_keep_their_weights_and_spreads() -> None:
+    some = MemoryBank(**parts(3)).only(np.array([True, False, True]))
+    np.testing.assert_array_equal(some.items, parts(3)["items"][[0, 2]])
+    assert some.weights.tolist() == [[1], [3]]
+    assert some.spreads.tolist() == [0, 1]
+
+
 def test_origins_are_taken_away_with_the_items_that_nobody_else_has() -> None:
     weights = np.array([[2, 0, 0], [0, 3, 0], [0, 4, 1]], np.float32)
     bank = MemoryBank(np.arange(6, dtype=np.float32).reshape(3, 2), weights, np.ones(3, np.float32))
