@@ -1,4 +1,5 @@
-"""An edge client that is killed at work goes on where it was, and the rounds end as if nothing had happened."""
+"""An edge client that is killed at work, or forgotten, goes on where it was, and the rounds end as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -6,19 +7,23 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
+from feddymem.v1.operator_pb2 import RemoveSiteRequest
+from feddymem.v1.operator_pb2_grpc import OperatorServiceStub
 from services.aggregator.state import BANKS, DATABASE
 from tests.chaos.federation import ROUNDS, SITES, Outcome, Trial, wait, write_images
 from tests.chaos.kill_at import KillPoint
 
-SITE = SITES[0]
+SITE, OTHER = SITES
+ANSWER_SECONDS = 10
 CHUNK_BYTES = 2048
 """As `ForkedFleet` has them."""
 IN_EXTRACTION = KillPoint("feddymem.feature_cache:FeatureCache._keep", "after", 3)
-BEFORE_THE_SECOND_CHUNK = KillPoint(
-    "services.edge_client.upload:UploadBankRequest", "before", 3
-)  # the first is a header
+BEFORE_THE_SECOND_CHUNK = KillPoint("services.edge_client.upload:UploadBankRequest", "before", 3)
+"""The first message is the header."""
+WHEN_THE_BANK_IS_MADE = KillPoint("services.edge_client.state:EdgeState.put", "after", 1)
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,11 @@ def instance(trial: Trial) -> str:
     return str(name)
 
 
-def died_at(trial: Trial, moment: KillPoint) -> None:
-    """Starts all, and waits until the site's edge client has died."""
+def died_at(trial: Trial, moment: KillPoint, site: str = SITE) -> None:
+    """Starts all, and waits until a site's edge client has died."""
     for name in trial.names:
-        trial.start(name, moment if name == SITE else None)
-    wait(lambda: SITE in trial.fleet.ended(), lambda: f"{SITE} to die{trial.logs()}")
+        trial.start(name, moment if name == site else None)
+    wait(lambda: site in trial.fleet.ended(), lambda: f"{site} to die{trial.logs()}")
 
 
 def test_features_that_were_extracted_before_a_kill_are_not_extracted_again(
@@ -100,4 +105,23 @@ def test_an_upload_that_was_killed_half_way_goes_on_at_its_offset_as_the_same_ed
     assert instance(trial) == before
     assert [event["round"] for event in trial.events(SITE, "bank_made")] == list(range(1, ROUNDS + 1))
     assert trial.events(SITE, "bank_not_taken") == []
+    assert trial.outcome(undisturbed.outcome).differences(undisturbed.outcome) == ""
+
+
+def test_a_site_that_is_removed_while_it_is_there_joins_again_and_sends_its_bank_again(
+    trial: Trial, undisturbed: Undisturbed
+) -> None:
+    died_at(trial, WHEN_THE_BANK_IS_MADE, OTHER)  # so that the round stays open
+
+    def accepted() -> int:
+        return len(trial.events(SITE, "bank_accepted"))
+
+    wait(lambda: accepted() == 1, trial.logs)
+    with grpc.insecure_channel(trial.fleet.address("aggregator")) as channel:
+        request = RemoveSiteRequest(federation="parts", site=SITE)
+        OperatorServiceStub(channel).RemoveSite(request, timeout=ANSWER_SECONDS)
+    wait(lambda: accepted() == 2, trial.logs)
+    trial.start(OTHER)
+    wait(trial.done, trial.logs)
+    assert [event["round"] for event in trial.events(SITE, "bank_made")] == list(range(1, ROUNDS + 1))
     assert trial.outcome(undisturbed.outcome).differences(undisturbed.outcome) == ""

@@ -24,6 +24,11 @@ def test_a_bank_that_is_made_is_sent_although_images_have_come_since(
     for name in trial.names:
         trial.start(name, WHEN_THE_BANK_IS_MADE if name == SITE else None)
     wait(lambda: SITE in trial.fleet.ended(), lambda: f"{SITE} to die{trial.logs()}")
+
+    def said() -> bool:
+        return "1 more banks, for the quorum of 2" in [event["waits_for"] for event in trial.events(OTHER, "waiting")]
+
+    wait(said, lambda: f"{OTHER} to say what the round waits for{trial.logs()}")
     made = {path.name for path in (trial.fleet.state(SITE) / "arrays").iterdir()}
     before, others = (len(list(images[site].iterdir())) for site in (SITE, OTHER))
     shutil.copy(min(images[OTHER].iterdir()), images[SITE] / "new.png")
