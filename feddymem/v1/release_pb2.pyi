@@ -114,8 +114,9 @@ class Release(_message.Message):
     federation: _builtins.str
     """Name of the federation."""
     version: _builtins.int
-    """Number of the round that made it. An inference service pairs a global memory with the site's newest
-    memory generator that is not newer than it.
+    """Number of the round that made it; 0 for a memory generator that no round has trained. An inference service pairs
+    a global memory with the site's newest memory generator that is not newer than it or, where all that it has are
+    newer, with the oldest.
     """
     kind: Global___ReleaseKind.ValueType
     """What the arrays are."""

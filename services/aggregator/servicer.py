@@ -63,12 +63,13 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         require_site(context, request.site)
         federation = self._federation(request.federation, request.site)
         with federation.presence(request.site, request.instance):
-            told: tuple[int, int] | None = None
+            told: tuple[int, int, str] | None = None
             while True:
                 federation.members.require_joined(request.site, request.instance)  # it may have been removed since
                 state = federation.rounds()
-                if told != (state.phase, state.round):
-                    told = (state.phase, state.round)
+                now = state.phase, state.round, state.waits_for
+                if told != now:
+                    told = now
                     yield state
                 else:
                     await federation.changes.wait()

@@ -61,6 +61,10 @@ _JOIN_AGAIN = _LATER | {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DAT
 """The same for what follows Join: the aggregator may have forgotten this edge client, or bytes were damaged."""
 
 
+_NO_ROUND = 0
+"""Version of a memory generator that no round has made: older than all others."""
+
+
 class _Aggregator:
     """The aggregator, for as long as one connection to it lasts."""
 
@@ -90,6 +94,7 @@ class Participant:
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
         self._patches: CachedPatches | None = None
         self._joined_images = self._uploaded = 0
+        self._waits_for = ""
         generator = state.last().generator
         if generator is not None:
             publisher.publish(generator)
@@ -135,11 +140,16 @@ class Participant:
     async def _take_part(self, aggregator: _Aggregator) -> bool:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
+        self._uploaded = (
+            0  # the aggregator may have forgotten this site, and its bank; a bank that is there is not sent
+        )
         async with aclosing(self._events(aggregator)) as events:
             async for event in events:
                 if event is None:
                     await self._look_ahead()
-                elif await self._react(event, method, aggregator) and self._settings.once:
+                    continue
+                self._tell_waiting(event)
+                if await self._react(event, method, aggregator) and self._settings.once:
                     return True
         return False
 
@@ -157,6 +167,12 @@ class Participant:
                 yield event
         finally:
             call.cancel()
+
+    def _tell_waiting(self, event: WatchRoundsResponse) -> None:
+        """Says what a round waits for, when that has changed."""
+        if event.waits_for and event.waits_for != self._waits_for:
+            _log.info("waiting", round=event.round, waits_for=event.waits_for)
+        self._waits_for = event.waits_for
 
     async def _look_ahead(self) -> None:
         """Extracts what is new, so that the next round need not wait for it."""
@@ -190,7 +206,7 @@ class Participant:
             await self._upload(bank, aggregator)
         if event.phase == PHASE_DONE:
             if method.generator and self._state.last().generator is None:
-                await self._publish_untrained(event.round, method)
+                await self._publish_untrained(method)
             _log.info("federation_done", federation=self._settings.federation, rounds=event.round)
             return True
         return False
@@ -246,25 +262,28 @@ class Participant:
                 _log.warning("upload_interrupted", round=header.round, code=error.code().name, details=error.details())
                 raise
             _log.warning("bank_not_taken", round=header.round, reason=error.details())
+            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:  # the round is not open; it may be again
+                return
         else:
             _log.info("bank_accepted", round=header.round, bytes=received_bytes)
-            self._uploaded = header.round
             metrics.ROUND.set(header.round)
+        self._uploaded = header.round
 
     async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
         await download(aggregator.releases, memory.arrays, self._state.arrays, self._settings)
         return bank_from_wire((manifest, self._state.arrays.read(manifest.sha256)) for manifest in memory.arrays)
 
-    async def _publish_untrained(self, round_number: int, method: Method) -> None:
-        """A site that comes when all rounds are over uses the global memory through an untrained generator, the
-        identity."""
+    async def _publish_untrained(self, method: Method) -> None:
+        """A site that comes when all rounds are over, or whose generator was damaged, uses the global memory through an
+        untrained one, the identity. It is of no round: a trained one that an inference service has is not replaced."""
+        _log.warning("generator_untrained", reason="there is no memory generator of a round here, and no more rounds")
         patches = self._patches or await self.look()
         generator = await self._computing.run(new_generator, patches, method.seed)
-        release = await self._computing.run(self._keep_untrained, generator, round_number)
+        release = await self._computing.run(self._keep_untrained, generator)
         self._publisher.publish(release)
 
-    def _keep_untrained(self, generator: MemoryGenerator, round_number: int) -> Release:
-        release = self._release(generator, round_number)
+    def _keep_untrained(self, generator: MemoryGenerator) -> Release:
+        release = self._release(generator, _NO_ROUND)
         self._state.put(Outcome(generator=release))
         return release
 

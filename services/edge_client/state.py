@@ -80,7 +80,7 @@ class EdgeState:
         serialize_length_prefixed(bank, file)
         serialize_length_prefixed(generator, file)
         write_record(self._outcome, file.getvalue())
-        self.arrays.keep_only({array.sha256 for array in (*bank.arrays, *generator.arrays)})
+        self.arrays.keep_only({array.sha256 for array in (*bank.arrays, *generator.arrays)}, keep_parts=False)
 
     def _whole(self, arrays: Iterable[Array]) -> bool:
         try:

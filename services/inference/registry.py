@@ -27,6 +27,10 @@ from services.runtime.errors import Refusal, as_refusal, invalid, not_found, pre
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message
 
+GENERATORS_KEPT = 11
+"""Memory generators of each site, the newest: for the releases that an aggregator keeps by default, any of which may be
+activated again, and for the round that is open."""
+
 _log = get_logger()
 _ANY_SITE = ""
 _Result = TypeVar("_Result")
@@ -52,8 +56,8 @@ class Active:
 class Registry:
     """Takes releases as they come and pairs each global memory with each site's memory generator.
 
-    The pair is the newest global memory with the site's newest memory generator that is not newer. A swap replaces one
-    reference: requests that have begun finish with what they began with.
+    The pair is the last global memory that came with the site's newest memory generator that is not newer or, where
+    all are, with the oldest. A swap replaces one reference: requests that have begun finish with what they began with.
     """
 
     def __init__(self, settings: InferenceSettings) -> None:
@@ -118,6 +122,7 @@ class Registry:
         known = {*self._memories, *(federation for federation, _site in self._generators)}
         federations = sorted({*known, *self._settings.federations})
         if federation and federation not in federations:
+            self._require_not_lost(federation, site)
             raise not_found(f"this service has no federation {federation!r}; check its name")
         federation = federation or self._only(federations, "federation")
         memory = self._memories.get(federation)
@@ -126,6 +131,7 @@ class Registry:
         sites = sorted(name for fed, name in self._generators if fed == federation)
         if memory.release.needs_generator:
             if site and site not in sites:
+                self._require_not_lost(federation, site)
                 raise not_found(f"this service has no site {site!r} in federation {federation!r}; check its name")
             site = site or self._only(sites, "site")
         active = self._active.get((federation, site if memory.release.needs_generator else _ANY_SITE))
@@ -146,6 +152,14 @@ class Registry:
         """All that can score now."""
         return list(self._active.values())
 
+    def _require_not_lost(self, federation: str, site: str) -> None:
+        if self._store.lost(federation, site):
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE,
+                f"a release of federation {federation!r} was damaged on the disk of this service, and is fetched again "
+                "when its publisher is there; try again later",
+            )
+
     def _only(self, names: list[str], what: str) -> str:
         if not names:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"no {what} is known here yet; try again later")
@@ -154,10 +168,7 @@ class Registry:
         return names[0]
 
     def _note(self, kept: Kept) -> list[Kept]:
-        """Remembers a release; the ones that it takes the place of.
-
-        Of a site's generators the newest two are kept: one may wait for its global memory while the other one scores.
-        """
+        """Remembers a release; the ones that it takes the place of."""
         release = kept.release
         if release.kind == RELEASE_KIND_GLOBAL_MEMORY:
             before = self._memories.get(release.federation)
@@ -166,9 +177,9 @@ class Registry:
         known = self._generators.get((release.federation, release.site), [])
         same = [g for g in known if g.release.version == release.version]
         others = [g for g in known if g.release.version != release.version]
-        by_version = sorted([*others, kept], key=lambda g: g.release.version)
-        self._generators[release.federation, release.site] = by_version[-2:]
-        return [*same, *by_version[:-2]]
+        by_version = sorted([*others, kept], key=_version)
+        self._generators[release.federation, release.site] = by_version[-GENERATORS_KEPT:]
+        return [*same, *by_version[:-GENERATORS_KEPT]]
 
     async def _forget(self, replaced: list[Kept]) -> None:
         used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
@@ -215,9 +226,18 @@ class Registry:
             yield _ANY_SITE, None
             return
         for (federation, site), generators in sorted(self._generators.items()):
-            fitting = [g for g in generators if g.release.version <= memory.version]
-            if federation == memory.federation and fitting:
-                yield site, max(fitting, key=lambda g: g.release.version)
+            if federation != memory.federation:
+                continue
+            oldest, *later = generators
+            if oldest.release.version > memory.version:  # near enough, and better than a line without scores
+                _log.warning(
+                    "generator_newer_than_memory",
+                    federation=federation,
+                    site=site,
+                    release=memory.version,
+                    generator=oldest.release.version,
+                )
+            yield site, max((g for g in later if g.release.version <= memory.version), key=_version, default=oldest)
 
     def _extractor(self, memory: Release) -> FeatureExtractor:
         space = feature_space_from_message(memory.feature_space)
@@ -257,6 +277,10 @@ def _network(memory: Release, generator: Kept) -> MemoryGenerator:
         f"the memory generator of site {generator.release.site!r}",
     )
     return generator.content
+
+
+def _version(kept: Kept) -> int:
+    return kept.release.version
 
 
 async def _in_own_thread(work: Callable[[], _Result]) -> _Result:

@@ -40,13 +40,18 @@ class ReleaseStore:
         self._folder = folder / "releases"
         self._folder.mkdir(parents=True, exist_ok=True)
         self.arrays = ArrayStore(folder / "arrays")
+        self._lost: set[str] = set()
 
     def load(self) -> list[Kept]:
-        """What an earlier run left. A release that is damaged is taken away: its publisher sends it again."""
+        """What an earlier run left, in the order in which it came.
+
+        A release that is damaged is taken away: its publisher sends it again.
+        """
         found = []
-        for path in sorted(self._folder.glob("*.binpb")):
+        for path in sorted(self._folder.glob("*.binpb"), key=lambda path: path.stat().st_mtime_ns):
             data = read_record(path)
             if data is None:
+                self._lost.add(_key_of(path))
                 continue
             release = Release.FromString(data)
             try:
@@ -56,9 +61,15 @@ class ReleaseStore:
                 if refusal is None:
                     raise
                 _log.error("release_on_disk_refused", **_name(release), reason=refusal.text)
+                self._lost.add(_key_of(path))
                 path.unlink()
-        self.arrays.keep_only({array.sha256 for kept in found for array in kept.release.arrays})
+        # Nor the parts of arrays that were on their way: whoever resumes them now may be about to send a later release.
+        self.arrays.keep_only({array.sha256 for kept in found for array in kept.release.arrays}, keep_parts=False)
         return found
+
+    def lost(self, federation: str, site: str) -> bool:
+        """Whether `load` found a release of a federation or site damaged, and it has not come again."""
+        return not self._lost.isdisjoint({_key(federation, ""), _key(federation, site)})
 
     def open(self, release: Release) -> Kept:
         """A release whose arrays are in the store.
@@ -79,7 +90,9 @@ class ReleaseStore:
 
     def write(self, release: Release) -> None:
         """Keeps a release; on disk when it returns."""
-        write_record(self._path(release), release.SerializeToString(deterministic=True))
+        path = self._path(release)
+        write_record(path, release.SerializeToString(deterministic=True))
+        self._lost.discard(_key_of(path))
 
     def forget(self, replaced: Iterable[Release], kept: Iterable[Release]) -> None:
         """Removes what only replaced releases used."""
@@ -94,9 +107,16 @@ class ReleaseStore:
                     self.arrays.discard(array.sha256)
 
     def _path(self, release: Release) -> Path:
-        # Hashed, because names come from other processes and must not become paths.
-        name = hashlib.sha256(f"{release.federation}\0{release.site}".encode()).hexdigest()[:32]
-        return self._folder / f"{name}-{release.kind}-{release.version:010}.binpb"
+        return self._folder / f"{_key(release.federation, release.site)}-{release.kind}-{release.version:010}.binpb"
+
+
+def _key(federation: str, site: str) -> str:
+    """Hashed, because names come from other processes and must not become paths."""
+    return hashlib.sha256(f"{federation}\0{site}".encode()).hexdigest()[:32]
+
+
+def _key_of(path: Path) -> str:
+    return path.name.partition("-")[0]
 
 
 def _name(release: Release) -> dict[str, object]:

@@ -33,6 +33,10 @@ _STATUS = {
 }
 
 
+_SQLITE_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE}
+"""SQLite tells a used-up quota, or no room for the index of its log, as a write that failed."""
+
+
 def as_refusal(error: Exception) -> Refusal | None:
     """The refusal that an error becomes; None for a fault of ours, which is INTERNAL and logged."""
     if isinstance(error, Refusal):
@@ -51,7 +55,7 @@ def as_refusal(error: Exception) -> Refusal | None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether there was no room for what should have been written."""
     if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        return getattr(error, "sqlite_errorcode", None) in _SQLITE_FULL
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -17,6 +17,7 @@ from feddymem.synthetic import write_products
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
 from services.demo.processes import Fleet, RunningService
+from tests.chaos.federation import Trial, write_images
 
 StartAggregator = Callable[..., RunningService]
 
@@ -40,6 +41,20 @@ def start_aggregator(fleet: Fleet, tmp_path: Path) -> StartAggregator:
         return fleet.start(name, "aggregator", "--config", str(config))
 
     return start
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> dict[str, Path]:
+    """A few images for each site of a `Trial`; the folder of each."""
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def trial(tmp_path: Path, images: dict[str, Path]) -> Iterator[Trial]:
+    """A federation whose processes start in no time, may be killed at any moment, and come back at the same address."""
+    opened = Trial(tmp_path / "trial", images)
+    yield opened
+    opened.close()
 
 
 @dataclass(frozen=True, eq=False)

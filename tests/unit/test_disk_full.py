@@ -6,6 +6,7 @@ Writing to /dev/full fails as on a full disk; a part of an array is a link to it
 from __future__ import annotations
 
 import errno
+import resource
 import sqlite3
 from pathlib import Path
 
@@ -71,6 +72,27 @@ def test_state_that_does_not_fit_is_not_half_there(tmp_path: Path) -> None:
     state.put_bank(AcceptedBank(large, 1))
     state.close()
     assert State(tmp_path).banks("parts", 1) == {"berlin": AcceptedBank(large, 1)}
+
+
+def test_state_over_a_limit_that_is_no_full_disk_is_the_same(tmp_path: Path) -> None:
+    """As a quota: SQLite tells it as a write that failed."""
+    state = State(tmp_path)
+    state.put_site("parts", Site("berlin", "first", 7))
+    large = AcceptedBank(BankHeader(federation="parts", site="berlin", round=1, instance="x" * 100_000), 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    longest = max(path.stat().st_size for path in tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (longest, before[1]))
+    try:
+        with pytest.raises(sqlite3.OperationalError) as caught:
+            state.put_bank(large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE
+    assert is_disk_full(caught.value)
+    assert state.banks("parts", 1) == {}
+    state.put_bank(large)
+    state.close()
+    assert State(tmp_path).banks("parts", 1) == {"berlin": large}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Release
 from services.inference.registry import Registry
 from services.inference.release_store import ReleaseStore
 from services.inference.settings import InferenceSettings
-from services.runtime.arrays import bank_to_wire
+from services.runtime.arrays import bank_to_wire, chunks
 from services.runtime.errors import Refusal
 from services.runtime.messages import feature_space_to_message
 from tests.feature_spaces import SPACE
@@ -137,3 +138,23 @@ async def test_what_an_interrupted_swap_left_is_removed_at_the_next_start(tmp_pa
     assert sorted(path.name for path in (tmp_path / "arrays").iterdir()) == sorted(
         array.manifest.sha256.hex() for array in ARRAYS
     )
+
+
+async def test_the_release_that_came_last_is_served_although_a_kill_left_a_newer_one(tmp_path: Path) -> None:
+    store = ReleaseStore(tmp_path)
+    put_arrays(store)
+    for number, version in enumerate((4, 3)):  # rolled back, and killed before the newer one was forgotten
+        store.write(release(version))
+        os.utime(store._path(release(version)), (number, number))
+    assert [kept.release.version for kept in store.load()] == [4, 3]
+
+
+async def test_parts_of_arrays_that_nobody_goes_on_with_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    release_on_disk(tmp_path)
+    store = ReleaseStore(tmp_path)
+    [array, *_] = bank_to_wire(make_bank(seed=1), "float16")
+    store.arrays.append(array.manifest, next(chunks(array.manifest.sha256, array.data[:10])))
+    assert store.arrays.held_bytes(array.manifest) == 10
+    [kept] = store.load()
+    assert store.arrays.held_bytes(array.manifest) == 0
+    assert all(manifest.sha256 in store.arrays for manifest in kept.release.arrays)

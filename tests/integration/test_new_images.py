@@ -1,0 +1,50 @@
+"""Images that come while a round is open: its bank is sent as it was made, and the next one has them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import yaml
+
+from services.aggregator.state import State
+from tests.chaos.federation import SETTINGS, SITES, Trial, wait
+from tests.chaos.kill_at import KillPoint
+
+SITE, OTHER = SITES
+WHEN_THE_BANK_IS_MADE = KillPoint("services.edge_client.state:EdgeState.put", "after", 1)
+
+
+def test_a_bank_that_is_made_is_sent_although_images_have_come_since(
+    trial: Trial, images: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"federations": {"parts": {**SETTINGS, "keep_releases": 2}}}
+    (tmp_path / "trial" / "aggregator.yaml").write_text(yaml.safe_dump(settings))
+    for name in trial.names:
+        trial.start(name, WHEN_THE_BANK_IS_MADE if name == SITE else None)
+    wait(lambda: SITE in trial.fleet.ended(), lambda: f"{SITE} to die{trial.logs()}")
+
+    def said() -> bool:
+        return "1 more banks, for the quorum of 2" in [event["waits_for"] for event in trial.events(OTHER, "waiting")]
+
+    wait(said, lambda: f"{OTHER} to say what the round waits for{trial.logs()}")
+    made = {path.name for path in (trial.fleet.state(SITE) / "arrays").iterdir()}
+    before, others = (len(list(images[site].iterdir())) for site in (SITE, OTHER))
+    shutil.copy(min(images[OTHER].iterdir()), images[SITE] / "new.png")
+    trial.start(SITE)
+    wait(trial.done, trial.logs)
+
+    assert [(event["round"], event["images"]) for event in trial.events(SITE, "bank_made")] == [
+        (1, before),
+        (2, before + 1),
+    ]
+    extracted = [(event["images"], event["extracted"]) for event in trial.events(SITE, "features_extracted")]
+    assert extracted == [(before, before), (before + 1, 1)]
+    trial.fleet.kill("aggregator")
+    state = State(trial.fleet.state("aggregator"))
+    first, second = (release.provenance for release in state.releases("parts"))
+    state.close()
+    assert (first.images, second.images) == (before + others, before + 1 + others)
+    sent = {hashlib.sha256(bytes.fromhex(name)).hexdigest() for name in made}
+    assert len(sent & set(first.banks_sha256)) == 1  # the very bank that was made before the images came

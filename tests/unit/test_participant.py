@@ -1,0 +1,144 @@
+"""What an edge client hears of the rounds, from an aggregator that says exactly what a test wants it to say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import grpc
+import pytest
+from grpc import aio
+from structlog.testing import capture_logs
+
+from feddymem.memory_reduce import no_progress
+from feddymem.v1.federation_pb2 import PHASE_OPEN, PHASE_WAITING, WatchRoundsRequest, WatchRoundsResponse
+from services.edge_client.computing import Computing
+from services.edge_client.images import SiteImages
+from services.edge_client.participant import Participant, _Aggregator
+from services.edge_client.settings import EdgeClientSettings
+from services.edge_client.state import EdgeState
+from services.runtime.identity import Role
+from services.runtime.publisher import Publisher
+
+SCAN_SECONDS = 0.02
+PATIENCE_SECONDS = 10
+
+
+class Rounds:
+    """Says what is put in, until None ends the stream."""
+
+    def __init__(self) -> None:
+        self.says: asyncio.Queue[WatchRoundsResponse | None] = asyncio.Queue()
+        self.left = asyncio.Event()
+
+    async def watch(self, _request: WatchRoundsRequest, _context: object) -> AsyncIterator[WatchRoundsResponse]:
+        try:
+            while (said := await self.says.get()) is not None:
+                yield said
+        finally:
+            self.left.set()
+
+
+@asynccontextmanager
+async def connected(rounds: Rounds) -> AsyncIterator[_Aggregator]:
+    server = aio.server()
+    watch = grpc.unary_stream_rpc_method_handler(
+        rounds.watch,
+        request_deserializer=WatchRoundsRequest.FromString,
+        response_serializer=WatchRoundsResponse.SerializeToString,
+    )
+    service = grpc.method_handlers_generic_handler("feddymem.v1.FederationService", {"WatchRounds": watch})
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield _Aggregator(channel)
+    finally:
+        await server.stop(None)
+
+
+@pytest.fixture
+def participant(tmp_path: Path) -> Participant:
+    fixed = {"aggregator": "127.0.0.1:1", "federation": "parts", "site": "a", "data": "."}
+    settings = EdgeClientSettings(**fixed, scan_seconds=SCAN_SECONDS)  # type: ignore[arg-type]
+    state = EdgeState(tmp_path)
+    state.claim("federation parts, site a")
+    publisher = Publisher(state.arrays, frozenset({Role.INFERENCE}), lambda _who, _federation: True)
+    images = cast("SiteImages", SimpleNamespace())  # not looked at here
+    return Participant(settings, images, "cpu", state, publisher, Computing(settings, no_progress))
+
+
+def opened(number: int, waits_for: str = "") -> WatchRoundsResponse:
+    return WatchRoundsResponse(phase=PHASE_OPEN, round=number, waits_for=waits_for)
+
+
+async def test_while_nothing_is_said_there_is_time_to_look_and_nothing_said_is_lost(participant: Participant) -> None:
+    rounds = Rounds()
+    async with connected(rounds) as aggregator, aclosing(participant._events(aggregator)) as events:
+        assert [await anext(events), await anext(events)] == [None, None]
+        for number in (1, 2):
+            rounds.says.put_nowait(opened(number))
+        assert [event async for event in first(events, 2)] == [opened(1), opened(2)]
+        assert await anext(events) is None
+        rounds.says.put_nowait(opened(3))
+        assert [event async for event in first(events, 1)] == [opened(3)]
+
+
+async def test_the_end_of_the_stream_is_the_end(participant: Participant) -> None:
+    rounds = Rounds()
+    rounds.says.put_nowait(opened(1))
+    rounds.says.put_nowait(None)
+    async with connected(rounds) as aggregator, aclosing(participant._events(aggregator)) as events:
+        assert [event async for event in events if event is not None] == [opened(1)]
+
+
+async def test_a_broken_line_is_an_error(participant: Participant) -> None:
+    async with aio.insecure_channel("127.0.0.1:1") as channel:
+        with pytest.raises(aio.AioRpcError) as broken:
+            async for _event in participant._events(_Aggregator(channel)):
+                pass
+    assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_who_stops_listening_leaves_the_aggregator(participant: Participant) -> None:
+    rounds = Rounds()
+    rounds.says.put_nowait(opened(1))
+    async with connected(rounds) as aggregator:
+        async with aclosing(participant._events(aggregator)) as events:
+            assert [event async for event in first(events, 1)] == [opened(1)]
+            assert not rounds.left.is_set()
+        await asyncio.wait_for(rounds.left.wait(), PATIENCE_SECONDS)
+
+
+def test_the_log_says_what_a_round_waits_for_once(participant: Participant) -> None:
+    said = [
+        WatchRoundsResponse(phase=PHASE_WAITING, round=1, waits_for="1 more to join"),
+        opened(1, "2 more banks"),
+        opened(1, "2 more banks"),
+        opened(1, "1 more banks"),
+        opened(1),
+        opened(2, "1 more banks"),
+    ]
+    with capture_logs() as logs:
+        for event in said:
+            participant._tell_waiting(event)
+    assert [(entry["event"], entry["round"], entry["waits_for"]) for entry in logs] == [
+        ("waiting", 1, "1 more to join"),
+        ("waiting", 1, "2 more banks"),
+        ("waiting", 1, "1 more banks"),
+        ("waiting", 2, "1 more banks"),
+    ]
+
+
+async def first(events: AsyncIterator[Any], count: int) -> AsyncIterator[WatchRoundsResponse]:
+    """The next states of the rounds that were said."""
+    while count:
+        event = await anext(events)
+        if event is not None:
+            count -= 1
+            yield event
