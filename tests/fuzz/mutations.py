@@ -36,13 +36,13 @@ def mangled(message: Message, rng: random.Random) -> bytes:
     """A message, on the wire, with some of its fields or of its bytes changed; now and then nothing of it is left."""
     changed = type(message)()
     changed.CopyFrom(message)
-    if rng.random() < 0.6:
-        for _ in range(rng.choice((1, 1, 2, 4))):
-            make_hostile(changed, rng)
+    by_field = bool(message.DESCRIPTOR.fields) and rng.random() < 0.7
+    for _ in range(rng.choice((1, 1, 2, 4)) if by_field else 0):
+        make_hostile(changed, rng)
     data = changed.SerializeToString()
     if rng.random() < 0.005:
         return data + _OVERSIZED
-    return mangled_bytes(data, rng) if rng.random() < 0.5 else data
+    return mangled_bytes(data, rng) if not by_field or rng.random() < 0.1 else data
 
 
 def mangled_bytes(data: bytes, rng: random.Random) -> bytes:
