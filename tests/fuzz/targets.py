@@ -1,17 +1,19 @@
 """Coverage-guided fuzzing with Atheris, of image decoding and of each RPC.
 
-python -m tests.fuzz.targets                                         # names of the targets
-python -m tests.fuzz.targets images -max_total_time=600              # further flags are libFuzzer's
+python -m tests.fuzz.targets images -max_total_time=600   # further flags are libFuzzer's
+python -m tests.fuzz.targets rpcs -max_total_time=600     # all RPCs of our services
 python -m tests.fuzz.targets FederationService/UploadBank -runs=100000
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import atheris
 
@@ -23,26 +25,72 @@ with atheris.instrument_imports(include=["feddymem", "services"], exclude=["fedd
     from tests.fuzz.mutations import mangled_bytes, mangled_call
     from tests.fuzz.seeds import image_files
 
-IMAGES = "images"
+IMAGES, RPCS = "images", "rpcs"
 _SIDE = 32
 _LENGTH_BYTES = 3
-_FLAGS = ("-rss_limit_mb=4096", "-timeout=30", "-max_len=40000", "-print_final_stats=1")
+_FLAGS = ("-rss_limit_mb=4096", "-timeout=30", "-max_len=40000", "-print_final_stats=1", "-verbosity=0")
 _OWN_MUTATIONS = 0.5
 """The others are libFuzzer's."""
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Fuzzes one target until libFuzzer is told to end, or something is found."""
-    with tempfile.TemporaryDirectory(prefix="feddymem-fuzz-") as folder:
-        in_process = InProcess(Path(folder))
-        paths = {path.removeprefix("/").removeprefix("feddymem.v1."): path for path in in_process.paths}
-        if not arguments:
-            print(IMAGES, *paths, sep="\n")
-        elif arguments[0] == IMAGES:
-            _fuzz(_decode, _mangle_image, image_files(), Path(folder), arguments[1:])
-        else:
-            path = paths[arguments[0]]
-            _fuzz(*_of_rpc(in_process, path), Path(folder), arguments[1:])
+class Target(Protocol):
+    """What is fuzzed."""
+
+    def seeds(self) -> Iterable[bytes]:
+        """Honest inputs."""
+
+    def mangle(self, data: bytes, rng: random.Random) -> bytes | None:
+        """An input changed as its form suggests; None if it has none any more."""
+
+    def run(self, data: bytes) -> None:
+        """Takes an input.
+
+        Raises:
+            Exception: anything but a proper refusal.
+        """
+
+
+class Images:
+    """Decoding of image files."""
+
+    def seeds(self) -> Iterable[bytes]:
+        return image_files()
+
+    def mangle(self, data: bytes, rng: random.Random) -> bytes | None:
+        return mangled_bytes(data, rng)
+
+    def run(self, data: bytes) -> None:
+        try:
+            picture = read(EncodedImage(data), MAX_PIXELS, _SIDE)
+        except ImageError:
+            return
+        assert picture.height * picture.width <= MAX_PIXELS
+        assert 0 <= picture.pixels.min() <= picture.pixels.max() <= 255
+
+
+class Rpcs:
+    """RPCs, each from bytes to bytes; the first byte of an input says which."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._in_process = InProcess(folder)
+        self._paths = [path for path in self._in_process.paths if name == RPCS or path.endswith(f".{name}")]
+        if not self._paths:
+            raise SystemExit(f"no RPC {name}; expected one of {', '.join(self._in_process.paths)}")
+
+    def seeds(self) -> Iterable[bytes]:
+        for number, path in enumerate(self._paths):
+            for call in self._in_process.calls[path]:
+                yield bytes([number]) + framed([message.SerializeToString() for message in call])
+
+    def mangle(self, data: bytes, rng: random.Random) -> bytes | None:
+        messages = self._in_process.parse(self._path(data), unframed(data[1:]))
+        return data[:1] + framed(mangled_call(messages, rng)) if messages else None
+
+    def run(self, data: bytes) -> None:
+        self._in_process.call(self._path(data), unframed(data[1:]))
+
+    def _path(self, data: bytes) -> str:
+        return self._paths[data[0] % len(self._paths) if data else 0]
 
 
 def framed(messages: Sequence[bytes]) -> bytes:
@@ -60,60 +108,26 @@ def unframed(data: bytes) -> list[bytes]:
     return messages
 
 
-def _decode(data: bytes) -> None:
-    try:
-        picture = read(EncodedImage(data), MAX_PIXELS, _SIDE)
-    except ImageError:
-        return
-    assert picture.height * picture.width <= MAX_PIXELS
-    assert 0 <= picture.pixels.min() <= picture.pixels.max() <= 255
+def main(name: str, flags: Sequence[str]) -> None:
+    """Fuzzes a target until libFuzzer is told to end, or something is found."""
+    with tempfile.TemporaryDirectory(prefix="feddymem-fuzz-") as folder:
+        target: Target = Images() if name == IMAGES else Rpcs(Path(folder), name)
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        for number, seed in enumerate(target.seeds()):
+            (corpus / str(number)).write_bytes(seed)
 
+        def mangle(data: bytes, most: int, seed: int) -> bytes:
+            rng = random.Random(seed)  # noqa: S311 - no secret
+            mangled = target.mangle(data, rng) if rng.random() < _OWN_MUTATIONS else None
+            by_libfuzzer: bytes = atheris.Mutate(data, most) if mangled is None else mangled
+            return by_libfuzzer[:most]
 
-def _mangle_image(data: bytes, most: int, seed: int) -> bytes:
-    rng = random.Random(seed)  # noqa: S311 - no secret
-    return _libfuzzers(data, most) if rng.random() > _OWN_MUTATIONS else mangled_bytes(data, rng)[:most]
-
-
-def _of_rpc(
-    in_process: InProcess, path: str
-) -> tuple[Callable[[bytes], None], Callable[[bytes, int, int], bytes], list[bytes]]:
-    """Target, mutations and seeds of an RPC."""
-
-    def handle(data: bytes) -> None:
-        in_process.call(path, unframed(data))
-
-    def mangle(data: bytes, most: int, seed: int) -> bytes:
-        rng = random.Random(seed)  # noqa: S311 - no secret
-        messages = in_process.parse(path, unframed(data)) if rng.random() < _OWN_MUTATIONS else None
-        if not messages:
-            return _libfuzzers(data, most)
-        return framed(mangled_call(messages, rng))[:most]
-
-    calls = in_process.calls[path]
-    return handle, mangle, [framed([message.SerializeToString() for message in call]) for call in calls]
-
-
-def _libfuzzers(data: bytes, most: int) -> bytes:
-    mutated: bytes = atheris.Mutate(data, most)
-    return mutated
-
-
-def _fuzz(
-    target: Callable[[bytes], None],
-    mangle: Callable[[bytes, int, int], bytes],
-    seeds: Sequence[bytes],
-    folder: Path,
-    flags: Sequence[str],
-) -> None:
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for number, seed in enumerate(seeds):
-        target(seed)  # what is honest must pass
-        (corpus / str(number)).write_bytes(seed)
-    atheris.Setup([sys.argv[0], *_FLAGS, *flags, str(corpus)], target, custom_mutator=mangle)
-    atheris.Fuzz()
+        atheris.Setup([sys.argv[0], *_FLAGS, *flags, str(corpus)], target.run, custom_mutator=mangle)
+        atheris.Fuzz()
 
 
 if __name__ == "__main__":
+    logging.getLogger().setLevel(logging.ERROR)
     configure_logs("json")
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])
