@@ -147,7 +147,7 @@ def _fuzz_once(
     tally = found.tallies[name, path]
     tally.statuses[answer.status.name] += 1
     tally.slowest_seconds = max(tally.slowest_seconds, answer.seconds)
-    for why in _improper(path, sent, answer, watch or held_open):
+    for why in improper(path, sent, answer, watch or held_open):
         data = [each[:200].hex() for each in sent]
         found.broken.append(f"{name} {path}: {why} after {answer.seconds:.1f} s; sent {data} {[*map(len, sent)]}")
     if path.endswith("/UploadBank") and answer.status is grpc.StatusCode.OK:
@@ -188,7 +188,7 @@ def _call(channel: grpc.Channel, path: str, messages: Sequence[bytes], watch: bo
     return Answer(call.code(), call.details() or "", responses, time.monotonic() - started)
 
 
-def _improper(path: str, sent: Sequence[bytes], answer: Answer, left: bool) -> Iterator[str]:
+def improper(path: str, sent: Sequence[bytes], answer: Answer, left: bool) -> Iterator[str]:
     """What is wrong with an answer, in words."""
     proper = {*_PROPER, *(_BY_CALLER if left else ())}
     if max(map(len, sent), default=0) > MAX_MESSAGE_BYTES:

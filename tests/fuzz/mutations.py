@@ -22,7 +22,7 @@ _MANY = 200
 def mangled_call(messages: Sequence[Message], rng: random.Random) -> list[bytes]:
     """A call's messages on the wire, at least one of them changed; of several, some may be gone, doubled or swapped."""
     sent = [message.SerializeToString() for message in messages]
-    victim = rng.randrange(len(sent))
+    victim = rng.choice((0, rng.randrange(len(sent))))  # what comes first says what the others are
     while sent[victim] == messages[victim].SerializeToString():
         sent[victim] = mangled(messages[victim], rng)
     if rng.random() < 0.1:
@@ -116,7 +116,7 @@ def _hostile_value(field: FieldDescriptor, value: Any, rng: random.Random) -> An
     kind = _INTEGERS[field.type]
     bits = 64 if "64" in kind else 32
     least, most = (0, 2**bits - 1) if kind.startswith(("uint", "fixed")) else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return rng.choice((least, most, max(least, -1), 0, 1, 2, 255, 65_536, rng.randint(least, most)))
+    return rng.choice((least, most, most, max(least, -1), 0, 1, 2, 255, 65_536, rng.randint(least, most)))
 
 
 _INTEGERS = {

@@ -41,8 +41,10 @@ _FEDERATIONS = {
     FEDERATION: {"quorum": 2, "max_sites": 100_000, "method": _METHOD},
 }
 _ANY_RATE = "1000000"
-_CODEC = re.compile(r"libpng (warning|error): |Corrupt JPEG data: |Premature end of JPEG file|Unsupported marker type")
-"""Lines that libpng and libjpeg write themselves about a damaged image."""
+_CODEC = re.compile(
+    r"libpng (warning|error): |Corrupt JPEG data: |Premature end of JPEG file|Unsupported marker type|TIFF\w+: "
+)
+"""Lines that libpng, libjpeg and libtiff write themselves about a damaged image."""
 
 
 @dataclass(frozen=True)
