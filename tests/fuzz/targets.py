@@ -73,9 +73,11 @@ class Rpcs:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._in_process = InProcess(folder)
-        self._paths = [path for path in self._in_process.paths if name == RPCS or path.endswith(f".{name}")]
+        known = self._in_process.paths
+        self._paths = [path for path in known if name == RPCS or path.endswith((f".{name}", f"/{name}"))]
         if not self._paths:
-            raise SystemExit(f"no RPC {name}; expected one of {', '.join(self._in_process.paths)}")
+            self._in_process.close()
+            raise SystemExit(f"no RPC {name}; expected one of {', '.join(known)}")
 
     def seeds(self) -> Iterable[bytes]:
         for number, path in enumerate(self._paths):
