@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 import atheris
+import structlog
 
-with atheris.instrument_imports(include=["feddymem", "services"], exclude=["feddymem.v1", "feddymem.openinference"]):
+with atheris.instrument_imports(include=["feddymem", "services"]):
     from feddymem.image_data import EncodedImage
     from feddymem.images import ImageError, read
-    from services.runtime.logs import configure_logs
     from tests.fuzz.in_process import MAX_PIXELS, InProcess
     from tests.fuzz.mutations import mangled_bytes, mangled_call
     from tests.fuzz.seeds import image_files
@@ -28,7 +28,7 @@ with atheris.instrument_imports(include=["feddymem", "services"], exclude=["fedd
 IMAGES, RPCS = "images", "rpcs"
 _SIDE = 32
 _LENGTH_BYTES = 3
-_FLAGS = ("-rss_limit_mb=4096", "-timeout=30", "-max_len=40000", "-print_final_stats=1", "-verbosity=0")
+_FLAGS = ("-timeout=30", "-max_len=40000", "-print_final_stats=1", "-verbosity=0")
 _OWN_MUTATIONS = 0.5
 """The others are libFuzzer's."""
 
@@ -130,6 +130,5 @@ def main(name: str, flags: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger().setLevel(logging.ERROR)
-    configure_logs("json")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     main(sys.argv[1], sys.argv[2:])
