@@ -42,7 +42,7 @@ _FEDERATIONS = {
 }
 _ANY_RATE = "1000000"
 _CODEC = re.compile(
-    r"libpng (warning|error): |Corrupt JPEG data: |Premature end of JPEG file|Unsupported marker type|TIFF\w+: "
+    r"libpng (warning|error): |(Corrupt|Premature end of) JPEG |Unsupported marker |TIFF\w+: |tempfile\.tif: "
 )
 """Lines that libpng, libjpeg and libtiff write themselves about a damaged image."""
 
