@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,17 @@ from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from feddymem.backbone import load_extractor
+from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
 from feddymem.v1.operator_pb2 import STANDING_JUDGED
-from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Release
+from feddymem.v1.release_pb2 import (
+    RELEASE_KIND_GLOBAL_MEMORY,
+    RELEASE_KIND_MEMORY_GENERATOR,
+    DownloadArrayRequest,
+    DownloadArrayResponse,
+    Release,
+)
 from services.aggregator.federation import Federation
 from services.aggregator.operator_servicer import OperatorServicer
 from services.aggregator.servicer import FederationServicer
@@ -30,12 +37,23 @@ from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import WireArray, bank_to_wire
-from services.runtime.messages import feature_space_to_message
-from services.runtime.publisher import Publisher
+from services.runtime.arrays import WireArray, bank_to_wire, chunks
+from services.runtime.errors import as_refusal
+from services.runtime.messages import feature_space_to_message, generator_to_wire
+from services.runtime.publisher import Publisher, download
 from services.runtime.rpc import RpcBoundary
 from services.runtime.server import Service
-from tests.fuzz.seeds import FEDERATION, ITEMS, OTHER_SITE, SITE, Calls, aggregator_calls, inference_calls, join_request
+from tests.fuzz.seeds import (
+    FEDERATION,
+    ITEMS,
+    OTHER_SITE,
+    SITE,
+    Call,
+    Calls,
+    aggregator_calls,
+    inference_calls,
+    join_request,
+)
 from tests.integration.fake_site import make_bank
 
 MAX_PIXELS = 1_000_000
@@ -97,11 +115,26 @@ class _Context:
         pass
 
 
+class _Publisher:
+    """Has responses for those who ask for an array."""
+
+    def __init__(self, responses: Sequence[DownloadArrayResponse]) -> None:
+        self._responses = responses
+
+    async def DownloadArray(  # noqa: N802
+        self, request: DownloadArrayRequest, **_deadline: float
+    ) -> AsyncIterator[DownloadArrayResponse]:
+        for response in self._responses:
+            if response.chunk.sha256 == request.sha256:
+                yield response
+
+
 class InProcess:
     """An aggregator with a federation that waits for banks, and an inference service with a release.
 
     Attributes:
         calls: honest ones, by path.
+        releases: that the inference service may be sent, each with what its publisher has of its arrays.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,6 +166,30 @@ class InProcess:
         """
         self._set_right(path)
         return self._loop.run_until_complete(self._call(path, messages))
+
+    def receive(self, messages: Sequence[bytes]) -> None:
+        """The inference service is sent a release, and asks for its arrays.
+
+        Args:
+            messages: a `Release`, then each `DownloadArrayResponse` that the publisher has.
+
+        Raises:
+            FaultError: it is neither taken nor refused.
+        """
+        try:
+            release = Release.FromString(messages[0] if messages else b"")
+            responses = [DownloadArrayResponse.FromString(data) for data in messages[1:]]
+        except DecodeError:
+            return
+        self._loop.run_until_complete(self._receive(release, _Publisher(responses)))
+
+    async def _receive(self, release: Release, publisher: _Publisher) -> None:
+        try:
+            await download(publisher, release.arrays, self._registry.arrays, self._inference_settings)  # type: ignore[arg-type]
+            await self._registry.receive(release)
+        except Exception as error:
+            if as_refusal(error) is None:
+                raise FaultError(f"release: {error!r}") from error
 
     def close(self) -> None:
         """Ends the threads."""
@@ -181,15 +238,27 @@ class InProcess:
 
     async def _inference(self, folder: Path) -> list[Service]:
         settings = InferenceSettings(
-            aggregator="127.0.0.1:1", state_dir=folder / "inference", device="cpu", max_pixels=MAX_PIXELS, queue_size=64
+            aggregator="127.0.0.1:1",
+            state_dir=folder / "inference",
+            federations=("parts",),
+            device="cpu",
+            max_pixels=MAX_PIXELS,
+            queue_size=64,
         )
         space = load_extractor(input_size=_INPUT_SIZE, device="cpu").feature_space
         items = np.random.default_rng(0).normal(size=(ITEMS, space.channels)).astype(np.float32)
         memory = MemoryBank(items, np.ones((ITEMS, 1), np.float32), np.ones(ITEMS, np.float32))
         registry = Registry(settings)
-        release = _release(bank_to_wire(memory, "float16"), registry.arrays, "parts")
+        self._registry, self._inference_settings = registry, settings
+        arrays = bank_to_wire(memory, "float16")
+        release = _release(arrays, registry.arrays, "parts")
         release.feature_space.CopyFrom(feature_space_to_message(space))
         await registry.receive(release)
+        network = generator_to_wire(MemoryGenerator(space.channels, space.grid))
+        generator = _release(network, registry.arrays, "parts")
+        generator.feature_space.CopyFrom(release.feature_space)
+        generator.kind, generator.site = RELEASE_KIND_MEMORY_GENERATOR, SITE
+        self.releases = [_published(release, arrays), _published(generator, network)]
         self._batcher = Batcher(1, 1, settings.max_delay_seconds, settings.room, settings.max_pixels)
         self._batcher.start()
         inspector = Inspector(registry, self._batcher)
@@ -221,3 +290,8 @@ def _release(arrays: Sequence[WireArray], store: ArrayStore, federation: str) ->
         store.put(array.manifest.sha256, array.data)
     manifests = [array.manifest for array in arrays]
     return Release(federation=federation, version=1, kind=RELEASE_KIND_GLOBAL_MEMORY, arrays=manifests)
+
+
+def _published(release: Release, arrays: Sequence[WireArray]) -> Call:
+    pieces = (chunk for array in arrays for chunk in chunks(array.manifest.sha256, array.data))
+    return [release, *(DownloadArrayResponse(chunk=chunk) for chunk in pieces)]

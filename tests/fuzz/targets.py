@@ -1,7 +1,8 @@
-"""Coverage-guided fuzzing with Atheris, of image decoding and of each RPC.
+"""Coverage-guided fuzzing with Atheris: of image decoding, of each RPC, and of releases.
 
 python -m tests.fuzz.targets images -max_total_time=600   # further flags are libFuzzer's
 python -m tests.fuzz.targets rpcs -max_total_time=600     # all RPCs of our services
+python -m tests.fuzz.targets releases -max_total_time=600 # that an inference service is sent
 python -m tests.fuzz.targets FederationService/UploadBank -runs=100000
 """
 
@@ -17,15 +18,17 @@ from typing import Protocol
 
 import atheris
 import structlog
+from google.protobuf.message import DecodeError
 
 with atheris.instrument_imports(include=["feddymem", "services"]):
     from feddymem.image_data import EncodedImage
     from feddymem.images import ImageError, read
+    from feddymem.v1.release_pb2 import DownloadArrayResponse, Release
     from tests.fuzz.in_process import MAX_PIXELS, InProcess
     from tests.fuzz.mutations import mangled_bytes, mangled_call
     from tests.fuzz.seeds import image_files
 
-IMAGES, RPCS = "images", "rpcs"
+IMAGES, RPCS, RELEASES = "images", "rpcs", "releases"
 _SIDE = 32
 _LENGTH_BYTES = 3
 _FLAGS = ("-timeout=30", "-max_len=40000", "-print_final_stats=1", "-verbosity=0")
@@ -95,6 +98,28 @@ class Rpcs:
         return self._paths[data[0] % len(self._paths) if data else 0]
 
 
+class Releases:
+    """Releases as an inference service gets them from whoever publishes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._in_process = InProcess(folder)
+
+    def seeds(self) -> Iterable[bytes]:
+        for published in self._in_process.releases:
+            yield framed([message.SerializeToString() for message in published])
+
+    def mangle(self, data: bytes, rng: random.Random) -> bytes | None:
+        release, *responses = unframed(data) or [b""]
+        try:
+            messages = [Release.FromString(release), *map(DownloadArrayResponse.FromString, responses)]
+        except DecodeError:
+            return None
+        return framed(mangled_call(messages, rng))
+
+    def run(self, data: bytes) -> None:
+        self._in_process.receive(unframed(data))
+
+
 def framed(messages: Sequence[bytes]) -> bytes:
     """A call's messages as one input, each behind its length."""
     return b"".join(len(data).to_bytes(_LENGTH_BYTES, "little") + data for data in messages)
@@ -110,10 +135,16 @@ def unframed(data: bytes) -> list[bytes]:
     return messages
 
 
+def _target(name: str, folder: Path) -> Target:
+    if name == IMAGES:
+        return Images()
+    return Releases(folder) if name == RELEASES else Rpcs(folder, name)
+
+
 def main(name: str, flags: Sequence[str]) -> None:
     """Fuzzes a target until libFuzzer is told to end, or something is found."""
     with tempfile.TemporaryDirectory(prefix="feddymem-fuzz-") as folder:
-        target: Target = Images() if name == IMAGES else Rpcs(Path(folder), name)
+        target = _target(name, Path(folder))
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
         for number, seed in enumerate(target.seeds()):
