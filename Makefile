@@ -44,7 +44,7 @@ test: setup clients  ## Run all tests (those that need a GPU are skipped where t
 fuzz: setup  ## Send 10,000 malformed calls to real services, then look for more, guided by coverage; SECONDS_EACH=600
 	$(BIN)/python -m tests.fuzz.malformed --inputs 10000
 	mkdir -p $(OUT)/fuzz
-	for target in images rpcs; do \
+	for target in images rpcs releases; do \
 	  $(BIN)/python -m tests.fuzz.targets $$target -max_total_time=$(SECONDS_EACH) -artifact_prefix=$(OUT)/fuzz/; \
 	done
 

@@ -12,7 +12,8 @@ import logging
 import random
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -74,12 +75,10 @@ class Images:
 class Rpcs:
     """RPCs, each from bytes to bytes; the first byte of an input says which."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._in_process = InProcess(folder)
-        known = self._in_process.paths
+    def __init__(self, in_process: InProcess, name: str) -> None:
+        self._in_process, known = in_process, in_process.paths
         self._paths = [path for path in known if name == RPCS or path.endswith((f".{name}", f"/{name}"))]
         if not self._paths:
-            self._in_process.close()
             raise SystemExit(f"no RPC {name}; expected one of {', '.join(known)}")
 
     def seeds(self) -> Iterable[bytes]:
@@ -101,8 +100,8 @@ class Rpcs:
 class Releases:
     """Releases as an inference service gets them from whoever publishes them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._in_process = InProcess(folder)
+    def __init__(self, in_process: InProcess) -> None:
+        self._in_process = in_process
 
     def seeds(self) -> Iterable[bytes]:
         for published in self._in_process.releases:
@@ -135,17 +134,22 @@ def unframed(data: bytes) -> list[bytes]:
     return messages
 
 
-def _target(name: str, folder: Path) -> Target:
+@contextmanager
+def _opened(name: str, folder: Path) -> Iterator[Target]:
     if name == IMAGES:
-        return Images()
-    return Releases(folder) if name == RELEASES else Rpcs(folder, name)
+        yield Images()
+        return
+    in_process = InProcess(folder)
+    try:
+        yield Releases(in_process) if name == RELEASES else Rpcs(in_process, name)
+    finally:
+        in_process.close()
 
 
 def main(name: str, flags: Sequence[str]) -> None:
     """Fuzzes a target until libFuzzer is told to end, or something is found."""
-    with tempfile.TemporaryDirectory(prefix="feddymem-fuzz-") as folder:
-        target = _target(name, Path(folder))
-        corpus = Path(folder) / "corpus"
+    with tempfile.TemporaryDirectory(prefix="feddymem-fuzz-") as text, _opened(name, folder := Path(text)) as target:
+        corpus = folder / "corpus"
         corpus.mkdir()
         for number, seed in enumerate(target.seeds()):
             (corpus / str(number)).write_bytes(seed)

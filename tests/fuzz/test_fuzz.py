@@ -17,7 +17,7 @@ from tests.fuzz.seeds import Call
 from tests.fuzz.victims import HONEST_SITE
 
 STATUS = "/feddymem.v1.FederationService/GetStatus"
-RUNS = {"images": 4000, "rpcs": 3000}
+RUNS = {"images": 4000, "rpcs": 3000, "releases": 2000}
 
 
 def test_malformed_calls_are_answered_properly_and_change_nothing(tmp_path: Path) -> None:
