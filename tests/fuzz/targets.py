@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["feddymem", "services"]):
 
 IMAGES, RPCS, RELEASES = "images", "rpcs", "releases"
 _SIDE = 32
-_LENGTH_BYTES = 3
+_LENGTH_BYTES = 4
 _FLAGS = ("-timeout=30", "-max_len=40000", "-print_final_stats=1", "-verbosity=0")
 _OWN_MUTATIONS = 0.5
 """The others are libFuzzer's."""
