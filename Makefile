@@ -14,7 +14,7 @@ IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test check format protos breaking lock images bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test fuzz check format protos breaking lock images bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,15 @@ $(CLIENTS)/installed: requirements-clients.lock
 
 test: setup clients  ## Run all tests (those that need a GPU are skipped where there is none)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+fuzz: setup  ## Send 10,000 malformed calls to real services, then look for more, guided by coverage; SECONDS_EACH=600
+	$(BIN)/python -m tests.fuzz.malformed --inputs 10000
+	mkdir -p $(OUT)/fuzz
+	for target in images rpcs releases; do \
+	  $(BIN)/python -m tests.fuzz.targets $$target -max_total_time=$(SECONDS_EACH) -artifact_prefix=$(OUT)/fuzz/; \
+	done
+
+SECONDS_EACH ?= 600
 
 check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
 	$(BIN)/ruff format --check .

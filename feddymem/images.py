@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,8 @@ Pixels = NDArray[np.uint8] | NDArray[np.float32]
 # The limit is ours, by argument, and an error; Pillow's own is a process-wide warning.
 Image.MAX_IMAGE_PIXELS = None
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# What Pillow warns of is in a file that somebody has sent; Python keeps each text of a warning for ever.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(ValueError):

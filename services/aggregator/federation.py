@@ -32,7 +32,7 @@ from feddymem.v1.operator_pb2 import STANDING_BANNED, Standing
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Provenance, Release
 from services.aggregator import metrics
 from services.aggregator.banks import check_manifests, check_values
-from services.aggregator.members import Members
+from services.aggregator.members import Members, check_images
 from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import AcceptedBank, OpenedRound, State
@@ -149,6 +149,7 @@ class Federation:
             )
         if accepted is not None:
             raise exists(f"another bank of site {header.site!r} is accepted for round {header.round} already")
+        check_images(header.images)
         check_manifests(header.arrays, self.settings.method, self._space())
         return False
 

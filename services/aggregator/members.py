@@ -65,8 +65,7 @@ class Members:
             if not re.fullmatch(NAME_PATTERN, value):
                 raise invalid(f"{what} {value!r} must be {NAME_RULE}")
         self._check_alone(request.site, request.instance)
-        if not 1 <= request.images <= _MAX_IMAGES:
-            raise invalid(f"site {request.site!r} joins with {request.images} images; expected 1 to {_MAX_IMAGES}")
+        check_images(request.images)
         self._require_room_for(request.site)
         space = feature_space_from_message(request.feature_space)
         known = self._state.feature_space(self._name)
@@ -155,6 +154,16 @@ class Members:
                 f"another edge client takes part as site {site!r} of federation {self._name!r} right now; "
                 "stop it first, or give this one another site name"
             )
+
+
+def check_images(images: int) -> None:
+    """Checks how many images a site says that it has.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT for none, or more than the database can have.
+    """
+    if not 1 <= images <= _MAX_IMAGES:
+        raise invalid(f"a bank of {images} images; expected 1 to {_MAX_IMAGES}")
 
 
 def unknown_federation(name: str, site: str | None = None) -> Refusal:

@@ -57,11 +57,28 @@ class Service:
     admissions: Mapping[str, Admission] = field(default_factory=dict)
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """grpcio's, and List, which it leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._statuses: dict[str, health_pb2.HealthCheckResponse] = {}
+
+    async def set(self, service: str, status: int) -> None:
+        await super().set(service, status)
+        self._statuses[service] = health_pb2.HealthCheckResponse(status=status)
+
+    async def List(  # noqa: N802
+        self, _request: health_pb2.HealthListRequest, _context: aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthListResponse:
+        return health_pb2.HealthListResponse(statuses=self._statuses)
+
+
 class Readiness:
     """Readiness as `grpc.health.v1` shows it: of the whole server (name "") and of each service by name."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = _Health()
         self._names = ("", *names)
 
     async def set(self, ready: bool) -> None:

@@ -101,9 +101,14 @@ def inference_flags(aggregator: RunningService, edges: Iterable[RunningService])
 
 def serves(inference: RunningService, site: SiteData, release: int) -> bool:
     """Whether an inference service scores a site's images with a release."""
-    with InspectionClient(inference.grpc, site=site.name, attempts=1) as client:
+    return serves_image(inference, site.name, site.train[0], release)
+
+
+def serves_image(inference: RunningService, site: str, image: Path, release: int) -> bool:
+    """Whether an inference service scores an image of a site with a release."""
+    with InspectionClient(inference.grpc, site=site, attempts=1) as client:
         try:
-            return client.inspect(site.train[0]).release == release
+            return client.inspect(image).release == release
         except (UnavailableError, NotServedError):
             return False
 

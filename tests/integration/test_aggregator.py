@@ -203,6 +203,16 @@ def test_another_element_type_or_length_is_refused_before_data_moves(sites: tupl
     assert (code, "[19, 1]" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
+def test_a_bank_of_more_images_than_there_can_be_is_refused(sites: tuple[FakeSite, FakeSite]) -> None:
+    arrays = bank_to_wire(make_bank(5), "float16")
+    header = sites[0].header(arrays)
+    header.images = 2**64 - 1
+    code, text = refused(lambda: sites[0].send(header, arrays))
+    assert (code, "18446744073709551615 images" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    header.images = 10
+    sites[0].send(header, arrays)
+
+
 def test_a_join_that_is_refused_leaves_no_trace(channel: grpc.Channel, federation: str) -> None:
     bad = JoinRequest(
         federation=federation,

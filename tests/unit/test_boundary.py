@@ -43,6 +43,7 @@ METHODS = {
     f"{INSPECTION}/InspectStream": "feddymem.v1.InspectStreamRequest",
     f"{HEALTH}/Check": "grpc.health.v1.HealthCheckRequest",
     f"{HEALTH}/Watch": "grpc.health.v1.HealthCheckRequest",
+    f"{HEALTH}/List": "grpc.health.v1.HealthListRequest",
     REFLECTION: "grpc.reflection.v1alpha.ServerReflectionRequest",
 }
 FAULT = RuntimeError("secret of /var/lib")
@@ -156,6 +157,12 @@ async def test_health_and_reflection_answer(tmp_path: Path) -> None:
         assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
         unknown = health_pb2.HealthCheckRequest(service="moon").SerializeToString()
         assert (await outcome(channel, f"{HEALTH}/Check", unknown))[0] is grpc.StatusCode.NOT_FOUND
+        listing: Any = channel.unary_unary(f"{HEALTH}/List")
+        listed = health_pb2.HealthListResponse.FromString(await listing(b"", timeout=SECONDS)).statuses
+        assert {name: status.status for name, status in listed.items()} == {
+            "liveness": health_pb2.HealthCheckResponse.SERVING,
+            **dict.fromkeys(("", RELEASES[1:], INSPECTION[1:]), health_pb2.HealthCheckResponse.NOT_SERVING),
+        }
         watch: Any = channel.unary_stream(f"{HEALTH}/Watch")
         first = await watch(b"", timeout=SECONDS).read()
         assert health_pb2.HealthCheckResponse.FromString(first).status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -22,12 +20,15 @@ from tests.unit.encoded_images import (
     SAMPLES,
     WIDTH,
     assert_is_pixels,
-    chunk,
+    huge_bmp,
+    huge_jpeg,
+    huge_png,
+    huge_tiff,
     pillow,
     png,
-    png_header,
+    png_that_claims_a_long_chunk,
     smooth,
-    tiff,
+    tiff_that_claims_a_huge_tile,
 )
 
 
@@ -100,46 +101,6 @@ def test_the_limit_of_pixels_is_inclusive() -> None:
     assert decode(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(ImageError, match=f"{WIDTH} x {HEIGHT} = {HEIGHT * WIDTH} pixels; at most {HEIGHT * WIDTH - 1}"):
         decode(data, max_pixels=HEIGHT * WIDTH - 1)
-
-
-def huge_png() -> bytes:
-    return png_header(30_000, 30_000, 8, 2) + chunk(b"IDAT", zlib.compress(bytes(30_000))) + chunk(b"IEND", b"")
-
-
-def huge_bmp() -> bytes:
-    return (
-        b"BM" + struct.pack("<IHHI", 1000, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 30_000, 30_000, 1, 24, *[0] * 6)
-    )
-
-
-def huge_jpeg() -> bytes:
-    data = bytearray(pillow(Image.fromarray(smooth()), "JPEG"))
-    frame = data.index(b"\xff\xc0")
-    data[frame + 5 : frame + 9] = struct.pack(">HH", 30_000, 30_000)
-    return bytes(data)
-
-
-def with_tags(data: bytes, values: dict[int, int]) -> bytes:
-    """A little-endian TIFF with other values of some tags of one value each."""
-    changed = bytearray(data)
-    for tag, value in values.items():
-        entry = next(at for kind in (3, 4) if (at := data.find(struct.pack("<HHI", tag, kind, 1))) > 0)
-        changed[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, value)
-    return bytes(changed)
-
-
-def huge_tiff() -> bytes:
-    return with_tags(tiff(smooth()), {256: 30_000, 257: 30_000})
-
-
-def png_that_claims_a_long_chunk() -> bytes:
-    data = bytearray(png(smooth()))
-    data[33:37] = struct.pack(">I", 512 * 2**20)
-    return bytes(data)
-
-
-def tiff_that_claims_a_huge_tile() -> bytes:
-    return with_tags(tiff(smooth(), tile=(32, 32)), {322: 16_384, 323: 8_192})
 
 
 MEASURE = """
