@@ -33,7 +33,7 @@ from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
 
 METHOD = {"generator": True, "bank_items": 30, "memory_items": 32, "rounds": 2, "item_type": "float16"}
-FEDERATIONS = [f"parts-{number:02}" for number in range(20)]
+FEDERATIONS = [f"parts-{number:02}" for number in range(21)]
 
 
 @pytest.fixture(scope="module")
