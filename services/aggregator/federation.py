@@ -205,7 +205,7 @@ class Federation:
                     present=self.members.present(name),
                     last_round=last_round,
                     images=site.images,
-                    bytes_per_round=self._state.bytes_per_round(self.name, name).values(),
+                    bytes_per_round=self._state.bytes_per_round(self.name, name),
                     standing=self.members.standing(name),
                     quarantine=quarantine,
                 )

@@ -20,6 +20,8 @@ RELEASES = "releases"
 BANKS = "banks"
 """Folder of a folder for each federation, with a folder for each site, with the arrays of its bank."""
 _VERSION = 2
+_BANKS_SHOWN = 100
+"""Of a site in the status of a federation, which thousand sites may have after thousands of rounds."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS federation (name TEXT PRIMARY KEY, feature_space BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS site (
@@ -199,13 +201,13 @@ class State:
         )
         return [site for (site,) in rows]
 
-    def bytes_per_round(self, federation: str, site: str) -> dict[int, int]:
-        """Bytes that each of a site's banks took to receive, by round."""
+    def bytes_per_round(self, federation: str, site: str) -> list[int]:
+        """Bytes that each of a site's last banks took to receive, oldest first."""
         rows = self._db.execute(
-            "SELECT round, received_bytes FROM bank WHERE federation = ? AND site = ? ORDER BY round",
-            (federation, site),
+            "SELECT received_bytes FROM bank WHERE federation = ? AND site = ? ORDER BY round DESC LIMIT ?",
+            (federation, site, _BANKS_SHOWN),
         )
-        return dict(rows.fetchall())
+        return [received for (received,) in rows][::-1]
 
     def put_bank(self, bank: AcceptedBank) -> None:
         """A bank is accepted for its round from now on."""

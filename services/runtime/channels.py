@@ -16,8 +16,8 @@ from services.runtime.settings import ClientSettings
 
 FAREWELL_SECONDS = 0.5
 """Time that a stopping server gives its watchers to hear that it is not serving any more."""
-MAX_MESSAGE_BYTES = 4 * 2**20
-"""Largest message between services: chunks and manifests are far below it."""
+MAX_MESSAGE_BYTES = 2**20
+"""Largest message between services: chunks are half of it, and all else is smaller."""
 
 MAX_STREAMS = 128
 """RPCs of one connection at once; more wait at the caller."""
