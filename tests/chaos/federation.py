@@ -28,6 +28,7 @@ ROUNDS = 2
 SETTINGS = {
     "sites": list(SITES),
     "quorum": 2,
+    "keep_releases": 1,
     "method": {"generator": True, "bank_items": 40, "memory_items": 60, "rounds": ROUNDS, "item_type": "uint8"},
 }
 RETRY_SECONDS = 0.05
@@ -154,6 +155,20 @@ class Trial:
             return not any(armed.values()) and self.done()
 
         wait(over, lambda: f"the end; still to die: {[name for name in armed if armed[name]]}{self.logs()}")
+
+    def wait_done(self, when: str = "") -> None:
+        """Waits until all rounds are over; nobody may end.
+
+        Raises:
+            PromiseBrokenError: a service ended, or the rounds did not end.
+        """
+
+        def over() -> bool:
+            if codes := self.fleet.ended():
+                raise PromiseBrokenError(f"{when}: ended, with these exit codes: {codes}{self.logs()}")
+            return self.done()
+
+        wait(over, lambda: f"the end {when}{self.logs()}")
 
     def restart_inference_afresh(self) -> None:
         """Ends the inference service, and starts one that knows nothing but the last releases."""
@@ -282,7 +297,7 @@ class ReleaseObserver:
                         last = max(last, version)
                         self._look_at(version, download_release(stub, response.release))
             except grpc.RpcError as error:
-                if error.code() not in _GONE:
+                if error.code() not in _GONE | {grpc.StatusCode.NOT_FOUND}:  # pruned while it was downloaded
                     self.broken.append(f"{error.code().name}: {error.details()}")
                 self._stop.wait(_POLL_SECONDS)
 
