@@ -54,11 +54,18 @@ from services.runtime.server_identity import UnreachableError
 _log = get_logger()
 
 
-_LATER = TRANSIENT | {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+_LATER = TRANSIENT | {
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DATA_LOSS,
+}
 """Statuses after which the same call, on a new connection, may succeed: also where the certificate has expired and may
-have been renewed, and where the aggregator's disk is full."""
-_JOIN_AGAIN = _LATER | {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_LOSS}
-"""The same for what follows Join: the aggregator may have forgotten this edge client, or bytes were damaged."""
+have been renewed, where the aggregator's disk is full, and where bytes were damaged on the way."""
+_JOIN_AGAIN = _LATER | {grpc.StatusCode.FAILED_PRECONDITION}
+"""The same for what follows Join: the aggregator may have forgotten this edge client."""
+_BELIEVED_WITHOUT_TLS = 3
+"""Refusals since the last accepted bank, each on a new connection, that end an edge client without TLS: a flipped bit,
+as in the name of a method or in a status, makes one that nobody meant. With TLS the first one ends it."""
 
 
 class _Aggregator:
@@ -89,7 +96,7 @@ class Participant:
         self._state, self._publisher, self._computing = state, publisher, computing
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
         self._patches: CachedPatches | None = None
-        self._joined_images = self._uploaded = 0
+        self._joined_images = self._uploaded = self._refusals = 0
         generator = state.last().generator
         if generator is not None:
             publisher.publish(generator)
@@ -117,8 +124,11 @@ class Participant:
                         return
             except aio.AioRpcError as error:
                 if error.code() not in _JOIN_AGAIN:
-                    raise ParticipationError(f"{error.code().name}: {error.details()}") from error
+                    self._believe(ParticipationError(f"{error.code().name}: {error.details()}"))
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
+            except ParticipationError as error:
+                self._believe(error)
+                _log.warning("aggregator_refuses", reason=str(error))
             except (UnreachableError, TlsError) as error:
                 _log.warning("aggregator_unreachable", reason=str(error))
             except Refusal as refusal:  # of what was downloaded, or of what lay on the disk
@@ -132,6 +142,12 @@ class Participant:
             metrics.RETRIES.inc()
             await backoff.pause()
 
+    def _believe(self, refusal: ParticipationError) -> None:
+        """Raises a refusal unless it may be due to a flipped bit."""
+        self._refusals += 1
+        if self._settings.tls_dir is not None or self._refusals >= _BELIEVED_WITHOUT_TLS:
+            raise refusal
+
     async def _take_part(self, aggregator: _Aggregator) -> bool:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
@@ -144,19 +160,26 @@ class Participant:
         return False
 
     async def _events(self, aggregator: _Aggregator) -> AsyncGenerator[WatchRoundsResponse | None, None]:
-        """The states of the rounds; None each time that there was none for `scan_seconds`."""
-        call = aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity))
-        try:
-            while True:
-                reading = asyncio.ensure_future(call.read())
-                while not (await asyncio.wait({reading}, timeout=self._settings.scan_seconds))[0]:
-                    yield None
-                event = await reading
-                if not isinstance(event, WatchRoundsResponse):  # end of stream
-                    return
-                yield event
-        finally:
-            call.cancel()
+        """The states of the rounds; None each time that there was none for `scan_seconds`.
+
+        The watch is begun anew then: one whose messages got lost would wait for ever.
+        """
+        last: tuple[int, int] | None = None
+        while True:
+            call = aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity))
+            try:
+                while True:
+                    async with asyncio.timeout(self._settings.scan_seconds):
+                        event = await call.read()
+                    if not isinstance(event, WatchRoundsResponse):  # end of stream
+                        return
+                    if last != (event.phase, event.round):
+                        last = event.phase, event.round
+                        yield event
+            except TimeoutError:
+                yield None
+            finally:
+                call.cancel()
 
     async def _look_ahead(self) -> None:
         """Extracts what is new, so that the next round need not wait for it."""
@@ -248,7 +271,7 @@ class Participant:
             _log.warning("bank_not_taken", round=header.round, reason=error.details())
         else:
             _log.info("bank_accepted", round=header.round, bytes=received_bytes)
-            self._uploaded = header.round
+            self._uploaded, self._refusals = header.round, 0
             metrics.ROUND.set(header.round)
 
     async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
