@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus, GetStatusRe
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
-from tests.chaos.forks import ForkedFleet
+from tests.chaos.forks import ForkedFleet, Place
 from tests.chaos.kill_at import KillPoint
 
 SITES = ("brick-hall", "dim-hall")
@@ -109,19 +109,37 @@ def write_images(folder: Path) -> dict[str, Path]:
 class Trial:
     """One federation: an aggregator, an edge client for each site, and an inference service of both."""
 
-    def __init__(self, folder: Path, images: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: Mapping[str, Path],
+        places: Mapping[str, Place] | None = None,
+        aggregator: str = "",
+        flags: Sequence[str] = (),
+    ) -> None:
+        """Makes a federation; nothing runs yet.
+
+        Args:
+            folder: for its services; made.
+            images: folder of each site.
+            places: of services that do not run beside this process.
+            aggregator: address at which the first site's edge client reaches it, if it is another one.
+            flags: more for whoever calls the aggregator.
+        """
         folder.mkdir(parents=True)
-        self.fleet = ForkedFleet(folder / "services")
+        self.fleet = ForkedFleet(folder / "services", places)
         self._images = images
         config = folder / "aggregator.yaml"
         config.write_text(yaml.safe_dump({"federations": {"parts": SETTINGS}}))
-        calls = ["--aggregator", self.fleet.address("aggregator"), "--retry-seconds", str(RETRY_SECONDS)]
+        own = self.fleet.address("aggregator")
+        calls = ["--retry-seconds", str(RETRY_SECONDS), *flags, "--aggregator"]
         edges = [flag for site in SITES for flag in ("--edge-clients", self.fleet.address(site))]
         self._commands = {"aggregator": ["aggregator", "--config", str(config)]}
         for site in SITES:
             where = ["--federation", "parts", "--site", site, "--data", str(images[site])]
-            self._commands[site] = ["edge", *calls, *where, "--input-size", str(_INPUT_SIZE)]
-        self._commands["inference"] = ["inference", *calls, *edges]
+            reached_at = aggregator if aggregator and site == SITES[0] else own
+            self._commands[site] = ["edge", *calls, reached_at, *where, "--input-size", str(_INPUT_SIZE)]
+        self._commands["inference"] = ["inference", *calls, own, *edges]
         self.names, self.sites = tuple(self._commands), SITES
 
     def start(self, name: str, kill: KillPoint | None = None) -> None:

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +35,7 @@ from tests.chaos.federation import (
     Trial,
     write_images,
 )
+from tests.chaos.forks import Place
 from tests.chaos.inference import InferenceTrial, Line, LineObserver
 
 _DEATHS_OF_A_FEDERATION = 5
@@ -100,9 +101,11 @@ class Matrix:
             trial.wait_done(f"after deaths of {dict(deaths)}")
         return deaths
 
-    def trial(self, folder: Path) -> Trial:
+    def trial(
+        self, folder: Path, places: Mapping[str, Place] | None = None, aggregator: str = "", flags: Sequence[str] = ()
+    ) -> Trial:
         """A federation like the undisturbed one."""
-        return Trial(folder, self._images)
+        return Trial(folder, self._images, places, aggregator, flags)
 
     def _watched(self) -> _Watched:
         return _Watched(self._new_folder(), self._images, self.undisturbed)
