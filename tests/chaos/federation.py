@@ -114,8 +114,8 @@ class Trial:
         folder: Path,
         images: Mapping[str, Path],
         places: Mapping[str, Place] | None = None,
-        aggregator: str = "",
         flags: Sequence[str] = (),
+        site_flags: Sequence[str] = (),
     ) -> None:
         """Makes a federation; nothing runs yet.
 
@@ -123,23 +123,22 @@ class Trial:
             folder: for its services; made.
             images: folder of each site.
             places: of services that do not run beside this process.
-            aggregator: address at which the first site's edge client reaches it, if it is another one.
             flags: more for whoever calls the aggregator.
+            site_flags: more for the first site's edge client.
         """
         folder.mkdir(parents=True)
         self.fleet = ForkedFleet(folder / "services", places)
         self._images = images
         config = folder / "aggregator.yaml"
         config.write_text(yaml.safe_dump({"federations": {"parts": SETTINGS}}))
-        own = self.fleet.address("aggregator")
-        calls = ["--retry-seconds", str(RETRY_SECONDS), *flags, "--aggregator"]
+        calls = ["--aggregator", self.fleet.address("aggregator"), "--retry-seconds", str(RETRY_SECONDS), *flags]
         edges = [flag for site in SITES for flag in ("--edge-clients", self.fleet.address(site))]
         self._commands = {"aggregator": ["aggregator", "--config", str(config)]}
         for site in SITES:
             where = ["--federation", "parts", "--site", site, "--data", str(images[site])]
-            reached_at = aggregator if aggregator and site == SITES[0] else own
-            self._commands[site] = ["edge", *calls, reached_at, *where, "--input-size", str(_INPUT_SIZE)]
-        self._commands["inference"] = ["inference", *calls, own, *edges]
+            self._commands[site] = ["edge", *calls, *where, "--input-size", str(_INPUT_SIZE)]
+        self._commands[SITES[0]] += site_flags
+        self._commands["inference"] = ["inference", *calls, *edges]
         self.names, self.sites = tuple(self._commands), SITES
 
     def start(self, name: str, kill: KillPoint | None = None) -> None:

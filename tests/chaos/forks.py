@@ -90,6 +90,10 @@ class ForkedFleet(Fleet):
         """Whether a service is there."""
         return name in self._processes and self._processes[name].poll() is None
 
+    def process_id(self, name: str) -> int:
+        """Of a service that runs."""
+        return self._processes[name].pid
+
     def state(self, name: str) -> Path:
         """A service's state folder."""
         return self._folder / name / "state"

@@ -102,10 +102,14 @@ class Matrix:
         return deaths
 
     def trial(
-        self, folder: Path, places: Mapping[str, Place] | None = None, aggregator: str = "", flags: Sequence[str] = ()
+        self,
+        folder: Path,
+        places: Mapping[str, Place] | None = None,
+        flags: Sequence[str] = (),
+        site_flags: Sequence[str] = (),
     ) -> Trial:
         """A federation like the undisturbed one."""
-        return Trial(folder, self._images, places, aggregator, flags)
+        return Trial(folder, self._images, places, flags, site_flags)
 
     def _watched(self) -> _Watched:
         return _Watched(self._new_folder(), self._images, self.undisturbed)
