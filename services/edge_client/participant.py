@@ -38,7 +38,7 @@ from services.edge_client.state import EdgeState, Outcome
 from services.edge_client.upload import upload_bank
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire
 from services.runtime.backoff import Backoff
-from services.runtime.channels import TRANSIENT, connected
+from services.runtime.channels import connected
 from services.runtime.errors import Refusal, is_disk_full
 from services.runtime.identity import Role
 from services.runtime.logs import get_logger
@@ -54,15 +54,18 @@ from services.runtime.server_identity import UnreachableError
 _log = get_logger()
 
 
-_LATER = TRANSIENT | {
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.DATA_LOSS,
+_REFUSED = frozenset(
+    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
+)
+"""Statuses that end an edge client. After any other the same call, on a new connection, may succeed: gRPC itself says
+UNAVAILABLE, UNKNOWN or INTERNAL where a line broke."""
+_JOIN_REFUSED = _REFUSED | {
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.FAILED_PRECONDITION,
 }
-"""Statuses after which the same call, on a new connection, may succeed: also where the certificate has expired and may
-have been renewed, where the aggregator's disk is full, and where bytes were damaged on the way."""
-_JOIN_AGAIN = _LATER | {grpc.StatusCode.FAILED_PRECONDITION}
-"""The same for what follows Join: the aggregator may have forgotten this edge client."""
+"""The same for Join, which decides where another call was answered so: the aggregator may have forgotten this edge
+client, or have pruned what it was downloading."""
 _BELIEVED_WITHOUT_TLS = 3
 """Refusals since the last accepted bank, each on a new connection, that end an edge client without TLS: a flipped bit,
 as in the name of a method or in a status, makes one that nobody meant. With TLS the first one ends it."""
@@ -123,7 +126,7 @@ class Participant:
                     if await self._take_part(_Aggregator(channel)):
                         return
             except aio.AioRpcError as error:
-                if error.code() not in _JOIN_AGAIN:
+                if error.code() in _REFUSED:
                     self._believe(ParticipationError(f"{error.code().name}: {error.details()}"))
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
             except ParticipationError as error:
@@ -196,7 +199,7 @@ class Participant:
         try:
             response = await aggregator.rounds.Join(request, timeout=self._settings.rpc_timeout_seconds)
         except aio.AioRpcError as error:
-            if error.code() in _LATER:
+            if error.code() not in _JOIN_REFUSED:
                 raise
             raise ParticipationError(f"{error.code().name}: {error.details()}") from error
         self._joined_images = patches.images

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import grpc
 from grpc import aio
 
 from feddymem.client.channel import CONNECT_OPTIONS, KEEPALIVE_OPTIONS, KEEPALIVE_SECONDS
@@ -34,10 +33,6 @@ CHANNEL_OPTIONS = [
     *CONNECT_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
-
-
-TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
-"""Statuses after which an idempotent call is tried again."""
 
 
 @asynccontextmanager

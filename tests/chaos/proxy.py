@@ -65,28 +65,30 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         host, _, port = self._target.rpartition(":")
-        with contextlib.suppress(OSError, asyncio.CancelledError):  # an end that is not there, or is gone
-            try:
-                out_reader, out_writer = await asyncio.open_connection(host, int(port))
-            except OSError:
-                writer.close()
-                return
-            try:
-                ways = [self._carry(reader, out_writer), self._carry(out_reader, writer)]
-                _, left = await asyncio.wait(map(asyncio.ensure_future, ways), return_when=asyncio.FIRST_COMPLETED)
-                for way in left:
-                    way.cancel()
-            finally:
-                for each in (writer, out_writer):
-                    each.transport.abort()
+        try:
+            out_reader, out_writer = await asyncio.open_connection(host, int(port))
+        except OSError:  # nobody there yet
+            writer.transport.abort()
+            return
+        ways = [self._carry(reader, out_writer), self._carry(out_reader, writer)]
+        tasks = [asyncio.ensure_future(way) for way in ways]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the proxy is closed; asyncio would log it
+            pass
+        finally:
+            for task, each in zip(tasks, (writer, out_writer), strict=True):
+                task.cancel()
+                each.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         rate = self._bytes_per_second
-        while data := await reader.read(_READ_BYTES if rate is None else max(1, rate // 100)):
-            writer.write(self._damaged(data))
-            await writer.drain()
-            if rate is not None:
-                await asyncio.sleep(len(data) / rate)
+        with contextlib.suppress(OSError):  # an end that is gone
+            while data := await reader.read(_READ_BYTES if rate is None else max(1, rate // 100)):
+                writer.write(self._damaged(data))
+                await writer.drain()
+                if rate is not None:
+                    await asyncio.sleep(len(data) / rate)
 
     def _damaged(self, data: bytes) -> bytes:
         if self.bytes_per_flip is None:

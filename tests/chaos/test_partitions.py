@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from feddymem.client import InspectionClient
+from tests.chaos import REPEATS
 from tests.chaos.federation import ROUNDS, SITES, wait
 from tests.chaos.forks import Place
 from tests.chaos.kill_at import KillPoint
@@ -18,16 +18,9 @@ from tests.chaos.network import Host, Network, why_not
 SITE, OTHER_SITE = SITES
 KEEPALIVE_SECONDS = 1
 LOSS = 0.3
-REPEATS = int(os.environ.get("CHAOS_REPEATS", "1"))
-"""How often each partition is made; more in `make soak`."""
 _FLAGS = ("--rpc-timeout-seconds", "3", "--transfer-timeout-seconds", "20")
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces here: {why_not()}")
-
-
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(tmp_path_factory.mktemp("matrix"))
 
 
 class Partition:

@@ -10,11 +10,18 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import yaml
 
+from feddymem.client.tls import channel_to
 from feddymem.v1.federation_pb2 import GetStatusRequest
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
-from tests.chaos.federation import SITES, Trial
-from tests.chaos.forks import own_host
+from feddymem.v1.release_pb2 import WatchReleasesRequest
+from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
+from services.cli.certs import authority, issue
+from services.runtime.identity import Role
+from tests.chaos import REPEATS
+from tests.chaos.federation import RETRY_SECONDS, ROUNDS, SETTINGS, SITES, Published, Trial, download_release
+from tests.chaos.forks import ForkedFleet, own_host
 from tests.chaos.matrix import Matrix
 from tests.chaos.proxy import Proxy
 
@@ -23,6 +30,8 @@ PORT = 6999
 """Of the proxy, beside the ports of a fleet."""
 TRICKLE_BYTES_PER_SECOND = 20_000
 BYTES_PER_FLIP = 10_000
+BYTES_PER_FLIP_WITH_TLS = 40_000
+"""Fewer: each flip costs the connection, and two handshakes take 10,000 bytes."""
 SLOW_CALLERS = 16
 SLOW_BYTES = 3 * 2**20
 PAUSE_SECONDS = 0.05
@@ -34,11 +43,6 @@ BROKEN_LINE = (
     *("--aggregator", f"{own_host()}:{PORT}"),
 )
 """Flags of an edge client behind the proxy: a flipped bit in HTTP/2's own frames loses a message now and then."""
-
-
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(tmp_path_factory.mktemp("matrix"))
 
 
 @pytest.fixture
@@ -96,13 +100,56 @@ def _send_slowly(address: str) -> grpc.StatusCode:
         return code
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(2 * REPEATS))
 def test_flipped_bits_without_tls_are_found(matrix: Matrix, trial: Trial, seed: int) -> None:
     with Proxy(trial.fleet.address("aggregator"), PORT, bytes_per_flip=BYTES_PER_FLIP, seed=seed) as proxy:
         for name in trial.names:
             trial.start(name)
         trial.wait_done("through a line that flips bits")
         outcome = trial.outcome(matrix.undisturbed.outcome)
-        print(proxy.flips, proxy.connections)
     assert outcome.differences(matrix.undisturbed.outcome) == ""
     assert proxy.flips > 0
+
+
+@pytest.mark.parametrize("seed", range(REPEATS))
+def test_with_tls_flipped_bits_break_the_connection_and_nothing_else(
+    matrix: Matrix, tmp_path: Path, tls: Path, seed: int
+) -> None:
+    undisturbed, _ = _run_with_tls(matrix, tmp_path / "undisturbed", tls, None, seed)
+    found, proxy = _run_with_tls(matrix, tmp_path / "flipped", tls, BYTES_PER_FLIP_WITH_TLS, seed)
+    assert found == undisturbed
+    assert proxy.flips > 0
+    assert proxy.connections > 2  # one to look at the certificate, one to talk
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an authority that has issued certificates for an aggregator, a site, and an operator."""
+    folder = tmp_path_factory.mktemp("tls") / "authority"
+    authority(folder, days=1)
+    for role, name in ((Role.AGGREGATOR, "hub"), (Role.SITE, SITE), (Role.OPERATOR, "ann")):
+        issue(folder, role, name, host=[own_host()], days=1)
+    return folder
+
+
+def _run_with_tls(
+    matrix: Matrix, folder: Path, tls: Path, bytes_per_flip: int | None, seed: int
+) -> tuple[Published, Proxy]:
+    """The last release of a federation of one site, through a proxy."""
+    folder.mkdir()
+    config = folder / "aggregator.yaml"
+    config.write_text(yaml.safe_dump({"federations": {"parts": {**SETTINGS, "sites": [SITE], "quorum": 1}}}))
+    images = str(matrix.undisturbed.line.image.parent)
+    where = ["--federation", "parts", "--site", SITE, "--data", images, "--input-size", "64"]
+    retry = ["--retry-seconds", str(RETRY_SECONDS)]
+    with ForkedFleet(folder / "services") as fleet:
+        fleet.launch("aggregator", "aggregator", "--config", str(config), "--tls-dir", str(tls / "aggregator-hub"))
+        with Proxy(fleet.address("aggregator"), PORT, bytes_per_flip=bytes_per_flip, seed=seed) as proxy:
+            flags = [*where, *retry, *BROKEN_LINE, "--tls-dir", str(tls / f"site-{SITE}")]
+            fleet.launch(SITE, "edge", *flags)
+            with channel_to(fleet.address("aggregator"), [], tls / "operator-ann") as channel:
+                stub = ReleaseServiceStub(channel)
+                for response in stub.WatchReleases(WatchReleasesRequest(), timeout=60, wait_for_ready=True):
+                    if response.release.version == ROUNDS:
+                        return download_release(stub, response.release), proxy
+    raise AssertionError("a watch ended without a status")
