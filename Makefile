@@ -14,7 +14,7 @@ IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test check format protos breaking lock images bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test soak check format protos breaking lock images bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ $(CLIENTS)/installed: requirements-clients.lock
 
 test: setup clients  ## Run all tests (those that need a GPU are skipped where there is none)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+soak: setup  ## Kill, cut off and damage everything at every moment, then half an hour at work (an hour in all)
+	$(BIN)/python -m tests.chaos.matrix --random 100
+	CHAOS_REPEATS=10 $(BIN)/python -m pytest tests/chaos/test_partitions.py tests/chaos/test_proxy.py
+	$(BIN)/python -m tests.chaos.soak --minutes 30
 
 check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
 	$(BIN)/ruff format --check .

@@ -45,6 +45,7 @@ _SAMPLE_SECONDS = 2
 _REPORT_SECONDS = 60
 _ANSWER_SECONDS = 10
 _START_SECONDS = 120
+_THREADS = ("--threads", "1")
 _MIB = 2**20
 
 
@@ -98,7 +99,8 @@ class Soak:
         self._fleet = Fleet(folder / "services")
         config = folder / "aggregator.yaml"
         config.write_text(yaml.safe_dump({"federations": {"parts": {"sites": list(SITES), "method": _METHOD}}}))
-        self._services = {"aggregator": self._start("aggregator", "aggregator", "--config", str(config))}
+        flags = ["--config", str(config), *_THREADS]
+        self._services = {"aggregator": self._fleet.start("aggregator", "aggregator", *flags)}
 
     def run(self, seconds: float, console: Console) -> Soaked:
         """Has it work for so long, from the first release on.
@@ -131,16 +133,14 @@ class Soak:
                 new_images=new_images,
             )
 
-    def _start(self, name: str, command: str, *flags: str) -> RunningService:
-        return self._fleet.start(name, command, *flags, "--threads", "1")
-
     def _join(self) -> None:
         aggregator = ["--aggregator", self._services["aggregator"].grpc]
         for site in SITES:
             flags = ["--federation", "parts", "--site", site, "--data", str(self._folders[site])]
-            self._services[site] = self._start(site, "edge", *aggregator, *flags, "--input-size", str(_INPUT_SIZE))
+            self._fleet.launch(site, "edge", *aggregator, *flags, "--input-size", str(_INPUT_SIZE), *_THREADS)
+        self._services |= {site: self._fleet.wait_listening(site) for site in SITES}
         edges = [flag for site in SITES for flag in ("--edge-clients", self._services[site].grpc)]
-        self._services["inference"] = self._start("inference", "inference", *aggregator, *edges)
+        self._services["inference"] = self._fleet.start("inference", "inference", *aggregator, *edges, *_THREADS)
 
     def _wait_served(self) -> None:
         """Until there is something to score each site's images with."""

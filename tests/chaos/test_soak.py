@@ -19,4 +19,3 @@ def test_no_inspection_fails_while_releases_are_swapped(tmp_path: Path) -> None:
     assert soaked.rounds > 1
     assert soaked.swaps > len(soaked.memory)
     assert soaked.new_images > 0
-    assert all(early > 0 and late > 0 for early, late in map(soaked.growth, soaked.memory))
