@@ -28,7 +28,7 @@ from feddymem.client import InspectionClient, InspectionError
 from feddymem.synthetic import write_products
 from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
-from services.demo.processes import Fleet, RunningService
+from services.demo.processes import Fleet
 
 SITES = ("brick-hall", "dim-hall")
 BAR = 0.05
