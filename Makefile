@@ -14,7 +14,7 @@ IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test fuzz check format protos breaking lock images bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test fuzz soak check format protos breaking lock images bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,12 @@ fuzz: setup  ## Send 10,000 malformed calls to real services, then look for more
 	done
 
 SECONDS_EACH ?= 600
+
+soak: setup  ## Kill, cut off and damage everything at every moment, then half an hour at work (an hour in all)
+	$(BIN)/python -m tests.fuzz.malformed --inputs 10000
+	$(BIN)/python -m tests.chaos.matrix --random 100
+	CHAOS_REPEATS=10 $(BIN)/python -m pytest tests/chaos/test_partitions.py tests/chaos/test_proxy.py
+	$(BIN)/python -m tests.chaos.soak --minutes 30
 
 check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
 	$(BIN)/ruff format --check .

@@ -33,7 +33,7 @@ class Method(BaseModel):
     origins: bool = Field(
         default=True, description="keep which sites' patches are behind an item; an image is scored as one site's"
     )
-    rounds: int = Field(default=2, ge=1, le=1_000, description="rounds until the federation is done; 1 is one shot")
+    rounds: int = Field(default=2, ge=1, le=100_000, description="rounds until the federation is done; 1 is one shot")
     weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")
     item_type: ItemType = Field(default="uint8", description="element type of bank items on the wire")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random choice at sites and aggregator")

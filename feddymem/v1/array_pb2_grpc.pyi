@@ -4,6 +4,9 @@ isort:skip_file
 Arrays on the wire. An array is described once by an `Array` (its manifest) and travels as
 `ArrayChunk`s of less than 1 MiB. Arrays are content-addressed: `sha256` names the bytes, so sending one
 twice is harmless and an interrupted transfer goes on at the offset that the receiver already holds.
+
+Every message of FederationService and ReleaseService ends with a field 536870911, a fixed32: the CRC-32 (zlib
+polynomial) of the bytes before it. A mismatch is DATA_LOSS. A message without it is taken as it is.
 """
 
 from collections import abc as _abc

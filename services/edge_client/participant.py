@@ -38,7 +38,7 @@ from services.edge_client.state import EdgeState, Outcome
 from services.edge_client.upload import upload_bank
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire
 from services.runtime.backoff import Backoff
-from services.runtime.channels import TRANSIENT, connected
+from services.runtime.channels import connected
 from services.runtime.errors import Refusal, is_disk_full
 from services.runtime.identity import Role
 from services.runtime.logs import get_logger
@@ -54,11 +54,21 @@ from services.runtime.server_identity import UnreachableError
 _log = get_logger()
 
 
-_LATER = TRANSIENT | {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.RESOURCE_EXHAUSTED}
-"""Statuses after which the same call, on a new connection, may succeed: also where the certificate has expired and may
-have been renewed, and where the aggregator's disk is full."""
-_JOIN_AGAIN = _LATER | {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_LOSS}
-"""The same for what follows Join: the aggregator may have forgotten this edge client, or bytes were damaged."""
+_REFUSED = frozenset(
+    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
+)
+"""Statuses that end an edge client. After any other the same call, on a new connection, may succeed: gRPC itself says
+UNAVAILABLE, UNKNOWN or INTERNAL where a line broke."""
+_JOIN_REFUSED = _REFUSED | {
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.FAILED_PRECONDITION,
+}
+"""The same for Join, which decides where another call was answered so: the aggregator may have forgotten this edge
+client, or have pruned what it was downloading."""
+_BELIEVED_WITHOUT_TLS = 3
+"""Refusals since the last accepted bank, each on a new connection, that end an edge client without TLS: a flipped bit,
+as in the name of a method or in a status, makes one that nobody meant. With TLS the first one ends it."""
 
 
 _NO_ROUND = 0
@@ -93,7 +103,7 @@ class Participant:
         self._state, self._publisher, self._computing = state, publisher, computing
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
         self._patches: CachedPatches | None = None
-        self._joined_images = self._uploaded = 0
+        self._joined_images = self._uploaded = self._refusals = 0
         self._waits_for = ""
         generator = state.last().generator
         if generator is not None:
@@ -121,9 +131,12 @@ class Participant:
                     if await self._take_part(_Aggregator(channel)):
                         return
             except aio.AioRpcError as error:
-                if error.code() not in _JOIN_AGAIN:
-                    raise ParticipationError(f"{error.code().name}: {error.details()}") from error
+                if error.code() in _REFUSED:
+                    self._believe(ParticipationError(f"{error.code().name}: {error.details()}"))
                 _log.warning("aggregator_interrupted", code=error.code().name, details=error.details())
+            except ParticipationError as error:
+                self._believe(error)
+                _log.warning("aggregator_refuses", reason=str(error))
             except (UnreachableError, TlsError) as error:
                 _log.warning("aggregator_unreachable", reason=str(error))
             except Refusal as refusal:  # of what was downloaded, or of what lay on the disk
@@ -136,6 +149,12 @@ class Participant:
                 tell_disk_full(error)
             metrics.RETRIES.inc()
             await backoff.pause()
+
+    def _believe(self, refusal: ParticipationError) -> None:
+        """Raises a refusal unless it may be due to a flipped bit."""
+        self._refusals += 1
+        if self._settings.tls_dir is not None or self._refusals >= _BELIEVED_WITHOUT_TLS:
+            raise refusal
 
     async def _take_part(self, aggregator: _Aggregator) -> bool:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
@@ -154,19 +173,27 @@ class Participant:
         return False
 
     async def _events(self, aggregator: _Aggregator) -> AsyncGenerator[WatchRoundsResponse | None, None]:
-        """The states of the rounds; None each time that there was none for `scan_seconds`."""
-        call = aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity))
-        try:
-            while True:
-                reading = asyncio.ensure_future(call.read())
-                while not (await asyncio.wait({reading}, timeout=self._settings.scan_seconds))[0]:
-                    yield None
-                event = await reading
-                if not isinstance(event, WatchRoundsResponse):  # end of stream
-                    return
-                yield event
-        finally:
-            call.cancel()
+        """The states of the rounds; None each time that there was none for `scan_seconds`.
+
+        The watch is begun anew then: one whose messages got lost would wait for ever.
+        """
+        last: tuple[int, int, str] | None = None
+        while True:
+            call = aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity))
+            try:
+                while True:
+                    async with asyncio.timeout(self._settings.scan_seconds):
+                        event = await call.read()
+                    if not isinstance(event, WatchRoundsResponse):  # end of stream
+                        return
+                    state = event.phase, event.round, event.waits_for
+                    if last != state:
+                        last = state
+                        yield event
+            except TimeoutError:
+                yield None
+            finally:
+                call.cancel()
 
     def _tell_waiting(self, event: WatchRoundsResponse) -> None:
         """Says what a round waits for, when that has changed."""
@@ -189,7 +216,7 @@ class Participant:
         try:
             response = await aggregator.rounds.Join(request, timeout=self._settings.rpc_timeout_seconds)
         except aio.AioRpcError as error:
-            if error.code() in _LATER:
+            if error.code() not in _JOIN_REFUSED:
                 raise
             raise ParticipationError(f"{error.code().name}: {error.details()}") from error
         self._joined_images = patches.images
@@ -266,6 +293,7 @@ class Participant:
                 return
         else:
             _log.info("bank_accepted", round=header.round, bytes=received_bytes)
+            self._refusals = 0
             metrics.ROUND.set(header.round)
         self._uploaded = header.round
 

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import grpc
 from grpc import aio
 
 from feddymem.client.channel import CONNECT_OPTIONS, KEEPALIVE_OPTIONS, KEEPALIVE_SECONDS
+from services.runtime.checksums import checked_channel
 from services.runtime.identity import Role
 from services.runtime.server_identity import UnreachableError, credentials_for
 from services.runtime.settings import ClientSettings
@@ -35,13 +35,9 @@ CHANNEL_OPTIONS = [
 ]
 
 
-TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
-"""Statuses after which an idempotent call is tried again."""
-
-
 @asynccontextmanager
 async def connected(address: str, settings: ClientSettings, role: Role) -> AsyncIterator[aio.Channel]:
-    """A channel to another service, once it is connected.
+    """A channel to another service, once it is connected; its messages have checksums.
 
     For as long as the block goes on, it reconnects by itself, with the certificates of its start: whoever tries again
     after an error opens another one, so that a renewed certificate counts, be it the own one or the other's.
@@ -68,4 +64,4 @@ async def connected(address: str, settings: ClientSettings, role: Role) -> Async
             raise UnreachableError(
                 f"{address} cannot be reached within {settings.rpc_timeout_seconds:g} seconds: {why}"
             ) from None
-        yield channel
+        yield checked_channel(channel)

@@ -24,50 +24,62 @@ class Cell:
 
 _STATE = "services.aggregator.state:State"
 _FEDERATION = "services.aggregator.federation:Federation"
-_SERVICER = "services.aggregator.servicer:FederationServicer"
+_UPLOADS = "services.aggregator.uploads:Uploads"
+_RELEASES = "services.aggregator.releases:Releases"
 _STORE = "services.runtime.array_store:ArrayStore"
-_SYNC = "services.runtime.array_store:sync_folder"
 _PUBLISHER = "services.runtime.publisher:Publisher"
+_RENAME = "pathlib:Path.replace"  # before: written, but not there yet; after: there, but perhaps not for good yet
 _EDGE_STATE = "services.edge_client.state:EdgeState"
 _PARTICIPANT = "services.edge_client.participant:Participant"
+_FEATURES = "feddymem.feature_cache:FeatureCache"
 _REGISTRY = "services.inference.registry:Registry"
+_RELEASE_STORE = "services.inference.release_store:ReleaseStore"
 
-# Numbers of calls: two sites with banks of 5 chunks in 3 arrays, in each of two rounds.
+# Numbers of calls: two sites with 5 images and banks of 5 chunks in 3 arrays, in each of two rounds.
 _AGGREGATOR = {
     f"{_STATE}.set_feature_space": (1,),
     f"{_STATE}.put_site": (1, 2),
     f"{_STATE}.open_round": (1, 2),
     f"{_STATE}.put_bank": (1, 2, 3, 4),
     f"{_STATE}.put_release": (1, 2),
+    f"{_STATE}.prune_release": (1,),
     f"{_STORE}.append": (1, 3, 5, 10, 17, 20),
     f"{_STORE}._finish": (1, 3, 6, 7, 9, 15),
     f"{_STORE}.put": (1, 3, 4, 6),
-    _SYNC: (2, 4, 8),  # between a rename and its being final; the first one is of the address file
+    f"{_STORE}.discard": (1, 3),
+    f"{_STORE}.keep_only": (2, 5, 7),
+    _RENAME: (2, 4, 8),  # the first one is of the address file
     f"{_PUBLISHER}.publish": (1, 2),
-    f"{_FEDERATION}._checked_bank": (1, 4),
+    f"{_FEDERATION}.join": (2,),
+    f"{_FEDERATION}.check_header": (1, 4),
     f"{_FEDERATION}.accept": (1, 2, 4),
     f"{_FEDERATION}._merge": (1, 2),
     f"{_FEDERATION}._make_release": (1, 2),
-    f"{_SERVICER}._offsets": (1, 4),
-    f"{_SERVICER}._receive": (1, 4),
+    f"{_FEDERATION}._forget_banks": (2, 3),
+    f"{_RELEASES}.add": (1, 2),
+    f"{_RELEASES}._prune": (1, 2),
+    f"{_UPLOADS}.offsets": (1, 4),
+    f"{_UPLOADS}.receive": (1, 4),
 }
 _EDGE = {
-    "services.edge_client.state:write_atomically": (1, 2, 3, 4, 5, 6),
+    "services.edge_client.state:write_record": (1, 2, 3),
     f"{_EDGE_STATE}.claim": (1,),
-    f"{_EDGE_STATE}.put_generator": (1, 2),
     f"{_EDGE_STATE}.put": (1, 2),
+    f"{_FEATURES}._keep": (1, 3, 5),
+    f"{_FEATURES}.keep_only": (1, 2, 3),
+    _RENAME: (3, 6, 9),  # of features, the first ones are of the address file and of the owner
     f"{_STORE}.put": (1, 3, 5, 8),
     f"{_STORE}.keep_only": (1, 2),
     f"{_STORE}.append": (1, 3, 4),
     f"{_STORE}._finish": (1, 5),
     f"{_PUBLISHER}.publish": (1, 2),
-    "services.edge_client.main:extract": (1,),
+    "services.edge_client.images:SiteImages.look": (1, 2, 3),
     "services.edge_client.participant:local_update": (1, 2),
-    "services.edge_client.participant:chunks": (1, 2, 3, 6),  # of which the upload is half through at 2
+    "services.edge_client.participant:upload_bank": (1, 2),
     "services.edge_client.participant:download": (1,),
+    "services.edge_client.upload:chunks": (1, 2, 3, 6),  # of which the upload is half through at 2
     f"{_PARTICIPANT}._join": (1,),
     f"{_PARTICIPANT}._keep": (1, 2),
-    f"{_PARTICIPANT}._upload_once": (1, 2),
 }
 # Calls come in the order of RELEASES in tests/chaos/inference.py.
 _INFERENCE = {
@@ -75,11 +87,15 @@ _INFERENCE = {
     f"{_REGISTRY}.receive": (1, 2, 3, 4),
     f"{_REGISTRY}._activate": (1, 2, 3, 4),
     f"{_REGISTRY}._build": (1, 2, 3),
-    f"{_REGISTRY}._forget": (2, 3, 4),
-    "services.inference.registry:write_atomically": (1, 2, 3, 4),
+    f"{_REGISTRY}._forget": (1, 2, 3, 4, 5),  # the first one by `load`
+    f"{_RELEASE_STORE}.open": (1, 2, 3, 4),
+    f"{_RELEASE_STORE}.write": (1, 2, 3, 4),
+    "services.inference.release_store:write_record": (1, 4),
     "services.runtime.publisher:download": (1, 2, 3, 4),
     f"{_STORE}.append": (1, 3, 9),
     f"{_STORE}._finish": (1, 4),
+    f"{_STORE}.discard": (1, 3),
+    _RENAME: (2, 4, 9),
 }
 _SHORT = {
     f"before {_STATE}.put_site 2",
@@ -90,13 +106,15 @@ _SHORT = {
     f"after {_STATE}.put_bank 1",
     f"before {_STATE}.put_release 1",
     f"after {_STATE}.put_release 2",
-    "before services.edge_client.state:write_atomically 6",
+    f"after {_STATE}.prune_release 1",
+    "before services.edge_client.state:write_record 3",
     "after services.edge_client.participant:local_update 2",
-    "after services.edge_client.participant:chunks 2",
+    "after services.edge_client.upload:chunks 2",
+    f"before {_RENAME} 6",
     f"before {_PUBLISHER}.publish 2",
     f"before {_STORE}.append 4",
     f"after {_REGISTRY}._activate 4",
-    "after services.inference.registry:write_atomically 4",
+    f"after {_RELEASE_STORE}.write 4",
     "after services.runtime.publisher:download 2",
 }
 
@@ -128,14 +146,14 @@ _TWICE = (
     Cell(
         SITES[0],
         (
-            KillPoint(f"{_EDGE_STATE}.put_generator", "before", 2),
-            KillPoint(f"{_EDGE_STATE}.put_generator", "before", 1),
+            KillPoint(f"{_EDGE_STATE}.put", "before", 2),
+            KillPoint(f"{_EDGE_STATE}.put", "before", 1),
         ),
         short=True,
     ),
     Cell(
         "inference",
-        (KillPoint(f"{_REGISTRY}._forget", "before", 4), KillPoint(f"{_REGISTRY}.load", "after", 1)),
+        (KillPoint(f"{_REGISTRY}._forget", "before", 5), KillPoint(f"{_REGISTRY}.load", "after", 1)),
         short=True,
     ),
 )

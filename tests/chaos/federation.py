@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus, GetStatusRe
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
-from tests.chaos.forks import ForkedFleet
+from tests.chaos.forks import ForkedFleet, Place
 from tests.chaos.kill_at import KillPoint
 
 SITES = ("brick-hall", "dim-hall")
@@ -28,6 +28,7 @@ ROUNDS = 2
 SETTINGS = {
     "sites": list(SITES),
     "quorum": 2,
+    "keep_releases": 1,
     "method": {"generator": True, "bank_items": 40, "memory_items": 60, "rounds": ROUNDS, "item_type": "uint8"},
 }
 RETRY_SECONDS = 0.05
@@ -108,18 +109,35 @@ def write_images(folder: Path) -> dict[str, Path]:
 class Trial:
     """One federation: an aggregator, an edge client for each site, and an inference service of both."""
 
-    def __init__(self, folder: Path, images: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: Mapping[str, Path],
+        places: Mapping[str, Place] | None = None,
+        flags: Sequence[str] = (),
+        site_flags: Sequence[str] = (),
+    ) -> None:
+        """Makes a federation; nothing runs yet.
+
+        Args:
+            folder: for its services; made.
+            images: folder of each site.
+            places: of services that do not run beside this process.
+            flags: more for whoever calls the aggregator.
+            site_flags: more for the first site's edge client.
+        """
         folder.mkdir(parents=True)
-        self.fleet = ForkedFleet(folder / "services")
+        self.fleet = ForkedFleet(folder / "services", places)
         self._images = images
         config = folder / "aggregator.yaml"
         config.write_text(yaml.safe_dump({"federations": {"parts": SETTINGS}}))
-        calls = ["--aggregator", self.fleet.address("aggregator"), "--retry-seconds", str(RETRY_SECONDS)]
+        calls = ["--aggregator", self.fleet.address("aggregator"), "--retry-seconds", str(RETRY_SECONDS), *flags]
         edges = [flag for site in SITES for flag in ("--edge-clients", self.fleet.address(site))]
         self._commands = {"aggregator": ["aggregator", "--config", str(config)]}
         for site in SITES:
             where = ["--federation", "parts", "--site", site, "--data", str(images[site])]
             self._commands[site] = ["edge", *calls, *where, "--input-size", str(_INPUT_SIZE)]
+        self._commands[SITES[0]] += site_flags
         self._commands["inference"] = ["inference", *calls, *edges]
         self.names, self.sites = tuple(self._commands), SITES
 
@@ -154,6 +172,20 @@ class Trial:
             return not any(armed.values()) and self.done()
 
         wait(over, lambda: f"the end; still to die: {[name for name in armed if armed[name]]}{self.logs()}")
+
+    def wait_done(self, when: str = "") -> None:
+        """Waits until all rounds are over; nobody may end.
+
+        Raises:
+            PromiseBrokenError: a service ended, or the rounds did not end.
+        """
+
+        def over() -> bool:
+            if codes := self.fleet.ended():
+                raise PromiseBrokenError(f"{when}: ended, with these exit codes: {codes}{self.logs()}")
+            return self.done()
+
+        wait(over, lambda: f"the end {when}{self.logs()}")
 
     def restart_inference_afresh(self) -> None:
         """Ends the inference service, and starts one that knows nothing but the last releases."""
@@ -282,7 +314,7 @@ class ReleaseObserver:
                         last = max(last, version)
                         self._look_at(version, download_release(stub, response.release))
             except grpc.RpcError as error:
-                if error.code() not in _GONE:
+                if error.code() not in _GONE | {grpc.StatusCode.NOT_FOUND}:  # pruned while it was downloaded
                     self.broken.append(f"{error.code().name}: {error.details()}")
                 self._stop.wait(_POLL_SECONDS)
 

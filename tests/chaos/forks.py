@@ -12,12 +12,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
 from services.demo.processes import Fleet
 from tests.chaos.kill_at import KillPoint
+from tests.chaos.network import enter
 
 _PR_SET_PDEATHSIG = 1
 _FIRST_PORT = 7000
@@ -31,17 +34,33 @@ _forks.set_forkserver_preload(
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a service runs, if not beside this process.
+
+    Attributes:
+        host: address that it listens on.
+        namespace: path of its network namespace; empty for that of this process.
+        keepalive_seconds: pause between its pings, and wait for their answers; None for those that all services have.
+    """
+
+    host: str
+    namespace: str
+    keepalive_seconds: float | None = None
+
+
 class ForkedFleet(Fleet):
     """A `Fleet` of forked processes, each at an address of its own for as long as the fleet lives."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, places: Mapping[str, Place] | None = None) -> None:
         super().__init__(folder)
         self._ports: dict[str, int] = {}
+        self._places = places or {}
 
     def address(self, name: str) -> str:
         """HOST:PORT of a service, before and after its starts."""
         port = self._ports.setdefault(name, _FIRST_PORT + 2 * len(self._ports))
-        return f"{own_host()}:{port}"
+        return f"{self._places[name].host if name in self._places else own_host()}:{port}"
 
     def launch(self, name: str, command: str, *flags: str, kill: KillPoint | None = None) -> None:
         """Starts `feddymem COMMAND FLAGS`, to die at a moment where one is given."""
@@ -53,9 +72,12 @@ class ForkedFleet(Fleet):
         arguments = [
             *(command, *flags, "--listen", f"{host}:{port}", "--metrics-listen", f"{host}:{int(port) + 1}"),
             *("--log-format", "json", "--threads", "1"),
+            *(("--danger-listen-without-tls",) if name in self._places and "--tls-dir" not in flags else ()),
             *("--state-dir", str(folder / "state"), "--address-file", str(folder / "address.json")),
         ]
-        process = _forks.Process(target=_run, args=(arguments, str(self._logs[name]), kill), daemon=True)
+        process = _forks.Process(
+            target=_run, args=(arguments, str(self._logs[name]), kill, self._places.get(name)), daemon=True
+        )
         process.start()
         self._processes[name] = cast("subprocess.Popen[bytes]", _Forked(process))
 
@@ -67,6 +89,10 @@ class ForkedFleet(Fleet):
     def running(self, name: str) -> bool:
         """Whether a service is there."""
         return name in self._processes and self._processes[name].poll() is None
+
+    def process_id(self, name: str) -> int:
+        """Of a service that runs."""
+        return self._processes[name].pid
 
     def state(self, name: str) -> Path:
         """A service's state folder."""
@@ -114,7 +140,7 @@ class _Forked:
         return self._process.exitcode
 
 
-def _run(arguments: list[str], log: str, kill: KillPoint | None) -> None:
+def _run(arguments: list[str], log: str, kill: KillPoint | None, place: Place | None) -> None:
     """In the new process: is `feddymem ARGUMENTS`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     os.environ["GOMP_SPINCOUNT"] = "10000"  # as `feddymem` has it
@@ -126,8 +152,27 @@ def _run(arguments: list[str], log: str, kill: KillPoint | None) -> None:
     from services.cli.main import main as feddymem
     from services.runtime import arrays
 
+    if place is not None:
+        if place.namespace:
+            enter(place.namespace)
+        if place.keepalive_seconds is not None:
+            _ping_every(place.keepalive_seconds)
     arrays.CHUNK_BYTES = _SMALL_CHUNK_BYTES
     if kill is not None:
         kill.arm()
     sys.argv = ["feddymem", *arguments]
     feddymem()
+
+
+def _ping_every(seconds: float) -> None:
+    """Shortens the keepalive, which no setting does."""
+    from services.runtime import channels
+
+    times = {
+        "grpc.keepalive_time_ms": seconds,
+        "grpc.keepalive_timeout_ms": seconds,
+        "grpc.http2.min_ping_interval_without_data_ms": seconds / 2,
+        "grpc.max_reconnect_backoff_ms": seconds,
+    }
+    for options in (channels.SERVER_OPTIONS, channels.CHANNEL_OPTIONS):
+        options[:] = [(name, int(1000 * times[name]) if name in times else value) for name, value in options]

@@ -80,8 +80,7 @@ class InferenceTrial:
             wait(lambda kind=kind, version=version: self._taken(kind, version), self._explain)  # type: ignore[misc]
             if kind == "memory":
                 scores[version] = self._inspect()[1]
-        wait(lambda: not self._armed, self._explain)
-        wait(lambda: self._inspect()[0] == RELEASES[-1][1], self._explain)
+        wait(lambda: self._taken(*RELEASES[-1]) and not self._armed, self._explain)
         self._check_disk()
         return scores
 

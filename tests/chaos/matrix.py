@@ -9,18 +9,21 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from feddymem.client import InspectionError
 from tests.chaos.cells import Cell, all_cells
 from tests.chaos.federation import (
     ROUNDS,
@@ -30,14 +33,16 @@ from tests.chaos.federation import (
     Published,
     ReleaseObserver,
     Trial,
-    wait,
     write_images,
 )
+from tests.chaos.forks import Place
 from tests.chaos.inference import InferenceTrial, Line, LineObserver
 
 _DEATHS_OF_A_FEDERATION = 5
 _LONGEST_LIFE_SECONDS = 1.5
 """Of a process that is killed at a random time: an undisturbed federation takes about two seconds."""
+
+_FAILURES = (PromiseBrokenError, grpc.RpcError, InspectionError)
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,23 @@ class Matrix:
             for _ in range(_DEATHS_OF_A_FEDERATION):
                 time.sleep(rng.uniform(0, _LONGEST_LIFE_SECONDS))
                 name = rng.choice(trial.names)
-                trial.fleet.kill(name)
+                code = trial.fleet.kill(name)
+                if code != -signal.SIGKILL:
+                    raise PromiseBrokenError(f"{name} had ended with {code}:\n{trial.fleet.log(name)[-3000:]}")
                 deaths[name] += 1
                 trial.start(name)
-            wait(trial.done, lambda: f"the end after deaths of {dict(deaths)}{trial.logs()}")
+            trial.wait_done(f"after deaths of {dict(deaths)}")
         return deaths
 
-    def trial(self, folder: Path) -> Trial:
+    def trial(
+        self,
+        folder: Path,
+        places: Mapping[str, Place] | None = None,
+        flags: Sequence[str] = (),
+        site_flags: Sequence[str] = (),
+    ) -> Trial:
         """A federation like the undisturbed one."""
-        return Trial(folder, self._images)
+        return Trial(folder, self._images, places, flags, site_flags)
 
     def _watched(self) -> _Watched:
         return _Watched(self._new_folder(), self._images, self.undisturbed)
@@ -196,7 +209,7 @@ def _result(matrix: Matrix, cell: Cell, console: Console) -> tuple[str, int, str
     try:
         matrix.run(cell)
         failure = ""
-    except PromiseBrokenError as error:
+    except _FAILURES as error:
         failure = str(error)
     console.print(f"{cell}: {failure or 'ok'} ({time.monotonic() - started:.1f} s)", markup=False, highlight=False)
     return cell.process, len(cell.kills), failure
@@ -207,7 +220,7 @@ def _random(matrix: Matrix, deaths: int, rng: random.Random, console: Console) -
     for number in range(-(-deaths // _DEATHS_OF_A_FEDERATION)):
         try:
             died, failure = matrix.run_random(rng), ""
-        except PromiseBrokenError as error:
+        except _FAILURES as error:
             died, failure = Counter({"random": _DEATHS_OF_A_FEDERATION}), str(error)
         console.print(f"random {number}: {dict(died)}: {failure or 'ok'}", markup=False, highlight=False)
         results += [(f"{name}, at random times", count, failure) for name, count in died.items()]

@@ -24,11 +24,6 @@ BANK_BYTES = 40 * 152
 CELLS = [cell for cell in all_cells() if cell.short]
 
 
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(tmp_path_factory.mktemp("matrix"))
-
-
 @pytest.fixture
 def trial(matrix: Matrix, tmp_path: Path) -> Iterator[Trial]:
     """A federation of its own."""
