@@ -140,9 +140,7 @@ class Participant:
     async def _take_part(self, aggregator: _Aggregator) -> bool:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
-        self._uploaded = (
-            0  # the aggregator may have forgotten this site, and its bank; a bank that is there is not sent
-        )
+        self._uploaded = 0  # the aggregator may have forgotten it; if not, no byte of it is sent again
         async with aclosing(self._events(aggregator)) as events:
             async for event in events:
                 if event is None:
