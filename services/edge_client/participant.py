@@ -92,9 +92,9 @@ class Participant:
         self._settings, self._images, self._device = settings, images, device
         self._state, self._publisher, self._computing = state, publisher, computing
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
+        self._waits_for = ""
         self._patches: CachedPatches | None = None
         self._joined_images = self._uploaded = 0
-        self._waits_for = ""
         generator = state.last().generator
         if generator is not None:
             publisher.publish(generator)
