@@ -260,12 +260,12 @@ class Participant:
                 _log.warning("upload_interrupted", round=header.round, code=error.code().name, details=error.details())
                 raise
             _log.warning("bank_not_taken", round=header.round, reason=error.details())
-            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:  # the round is not open; it may be again
-                return
+            if error.code() == grpc.StatusCode.ALREADY_EXISTS:  # else the round is not open, and may be again
+                self._uploaded = header.round
         else:
             _log.info("bank_accepted", round=header.round, bytes=received_bytes)
+            self._uploaded = header.round
             metrics.ROUND.set(header.round)
-        self._uploaded = header.round
 
     async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
         await download(aggregator.releases, memory.arrays, self._state.arrays, self._settings)
