@@ -102,9 +102,9 @@ class Participant:
         self._settings, self._images, self._device = settings, images, device
         self._state, self._publisher, self._computing = state, publisher, computing
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
+        self._waits_for = ""
         self._patches: CachedPatches | None = None
         self._joined_images = self._uploaded = self._refusals = 0
-        self._waits_for = ""
         generator = state.last().generator
         if generator is not None:
             publisher.publish(generator)
@@ -159,9 +159,7 @@ class Participant:
     async def _take_part(self, aggregator: _Aggregator) -> bool:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
-        self._uploaded = (
-            0  # the aggregator may have forgotten this site, and its bank; a bank that is there is not sent
-        )
+        self._uploaded = 0  # the aggregator may have forgotten it; if not, no byte of it is sent again
         async with aclosing(self._events(aggregator)) as events:
             async for event in events:
                 if event is None:
@@ -289,13 +287,12 @@ class Participant:
                 _log.warning("upload_interrupted", round=header.round, code=error.code().name, details=error.details())
                 raise
             _log.warning("bank_not_taken", round=header.round, reason=error.details())
-            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:  # the round is not open; it may be again
-                return
+            if error.code() == grpc.StatusCode.ALREADY_EXISTS:  # else the round is not open, and may be again
+                self._uploaded = header.round
         else:
             _log.info("bank_accepted", round=header.round, bytes=received_bytes)
-            self._refusals = 0
+            self._uploaded, self._refusals = header.round, 0
             metrics.ROUND.set(header.round)
-        self._uploaded = header.round
 
     async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
         await download(aggregator.releases, memory.arrays, self._state.arrays, self._settings)

@@ -7,11 +7,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from feddymem.v1.federation_pb2 import PHASE_OPEN, GetStatusRequest, UploadBankRequest, UploadBankResponse
@@ -62,12 +62,13 @@ def stopping(service: RunningService, channel: grpc.Channel) -> Iterator[None]:
     assert "Traceback" not in service.log.read_text()
 
 
-def refused(call: Any) -> grpc.StatusCode:
-    with pytest.raises(grpc.RpcError) as error:
-        call()
-    code = error.value.code()
-    assert isinstance(code, grpc.StatusCode)
-    return code
+def is_refused(call: Any) -> bool:
+    """Whether a new call is; for a moment after it has said that it stops, a service still takes some."""
+    try:
+        call(timeout=TIMEOUT_SECONDS)
+    except grpc.RpcError as error:
+        return error.code() is grpc.StatusCode.UNAVAILABLE
+    return False
 
 
 def test_inspections_in_flight_are_answered(trial: Trial, images: dict[str, Path]) -> None:
@@ -84,7 +85,7 @@ def test_inspections_in_flight_are_answered(trial: Trial, images: dict[str, Path
         assert next(answers).HasField("result")
         line.send(*(InspectStreamRequest(id=f"{number} in flight", inspect=inspection) for number in range(5)))
         with stopping(service, channel):
-            assert refused(lambda: stub.Inspect(inspection, timeout=TIMEOUT_SECONDS)) is grpc.StatusCode.UNAVAILABLE
+            wait(lambda: is_refused(partial(stub.Inspect, inspection)), trial.logs)
             line.send(InspectStreamRequest(id="after", inspect=inspection))
             line.close()
             rest = list(answers)
@@ -107,8 +108,7 @@ def test_an_upload_in_flight_is_accepted_and_counts(trial: Trial) -> None:
         upload.send(UploadBankRequest(header=sites[0].header(arrays)))
         assert next(answers).HasField("resume")
         with stopping(service, channel):
-            ask = lambda: sites[1].rounds.GetStatus(GetStatusRequest(), timeout=TIMEOUT_SECONDS)  # noqa: E731
-            assert refused(ask) is grpc.StatusCode.UNAVAILABLE
+            wait(lambda: is_refused(partial(sites[1].rounds.GetStatus, GetStatusRequest())), trial.logs)
             for array in arrays:
                 upload.send(*(UploadBankRequest(chunk=chunk) for chunk in chunks(array.manifest.sha256, array.data)))
             upload.close()

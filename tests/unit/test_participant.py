@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import grpc
 import pytest
@@ -21,6 +21,7 @@ from services.edge_client.images import SiteImages
 from services.edge_client.participant import Participant, _Aggregator
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
+from services.runtime.changes import Changes
 from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 
@@ -29,16 +30,34 @@ PATIENCE_SECONDS = 10
 
 
 class Rounds:
-    """Says what is put in, until None ends the stream."""
+    """Says what state the rounds are in, at once and when it has changed, as an aggregator does."""
 
     def __init__(self) -> None:
-        self.says: asyncio.Queue[WatchRoundsResponse | None] = asyncio.Queue()
+        self._state: WatchRoundsResponse | None = None
+        self._ended = False
+        self._changes = Changes()
         self.left = asyncio.Event()
 
+    def say(self, state: WatchRoundsResponse) -> None:
+        self._state = state
+        self._changes.notify()
+
+    def end(self) -> None:
+        """Ends all watches, now and later."""
+        self._ended = True
+        self._changes.notify()
+
     async def watch(self, _request: WatchRoundsRequest, _context: object) -> AsyncIterator[WatchRoundsResponse]:
+        said = None
         try:
-            while (said := await self.says.get()) is not None:
-                yield said
+            while True:
+                if self._state is not None and said is not self._state:
+                    said = self._state
+                    yield said
+                elif self._ended:
+                    return
+                else:
+                    await self._changes.wait()
         finally:
             self.left.set()
 
@@ -81,18 +100,18 @@ async def test_while_nothing_is_said_there_is_time_to_look_and_nothing_said_is_l
     rounds = Rounds()
     async with connected(rounds) as aggregator, aclosing(participant._events(aggregator)) as events:
         assert [await anext(events), await anext(events)] == [None, None]
-        for number in (1, 2):
-            rounds.says.put_nowait(opened(number))
-        assert [event async for event in first(events, 2)] == [opened(1), opened(2)]
+        rounds.say(opened(1))
+        assert await following(events) == opened(1)
         assert await anext(events) is None
-        rounds.says.put_nowait(opened(3))
-        assert [event async for event in first(events, 1)] == [opened(3)]
+        for state in (opened(1, "2 more banks"), opened(1, "1 more banks"), opened(2)):
+            rounds.say(state)
+            assert await following(events) == state
 
 
 async def test_the_end_of_the_stream_is_the_end(participant: Participant) -> None:
     rounds = Rounds()
-    rounds.says.put_nowait(opened(1))
-    rounds.says.put_nowait(None)
+    rounds.say(opened(1))
+    rounds.end()
     async with connected(rounds) as aggregator, aclosing(participant._events(aggregator)) as events:
         assert [event async for event in events if event is not None] == [opened(1)]
 
@@ -107,11 +126,10 @@ async def test_a_broken_line_is_an_error(participant: Participant) -> None:
 
 async def test_who_stops_listening_leaves_the_aggregator(participant: Participant) -> None:
     rounds = Rounds()
-    rounds.says.put_nowait(opened(1))
+    rounds.say(opened(1))
     async with connected(rounds) as aggregator:
         async with aclosing(participant._events(aggregator)) as events:
-            assert [event async for event in first(events, 1)] == [opened(1)]
-            assert not rounds.left.is_set()
+            assert await following(events) == opened(1)
         await asyncio.wait_for(rounds.left.wait(), PATIENCE_SECONDS)
 
 
@@ -135,10 +153,9 @@ def test_the_log_says_what_a_round_waits_for_once(participant: Participant) -> N
     ]
 
 
-async def first(events: AsyncIterator[Any], count: int) -> AsyncIterator[WatchRoundsResponse]:
-    """The next states of the rounds that were said."""
-    while count:
-        event = await anext(events)
+async def following(events: AsyncIterator[WatchRoundsResponse | None]) -> WatchRoundsResponse:
+    """The next state of the rounds that is said."""
+    async for event in events:
         if event is not None:
-            count -= 1
-            yield event
+            return event
+    raise AssertionError("the stream of rounds ended")

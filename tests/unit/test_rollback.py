@@ -14,6 +14,7 @@ from feddymem.backbone import FeatureExtractor
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR, Release
+from services.aggregator.settings import FederationSettings
 from services.inference.registry import GENERATORS_KEPT, Registry
 from services.inference.settings import InferenceSettings
 from services.runtime.arrays import WireArray, bank_to_wire
@@ -115,6 +116,7 @@ async def test_where_all_generators_are_newer_the_oldest_scores_and_the_log_says
 async def test_as_many_generators_are_kept_as_releases_can_be_activated_and_one_more(
     line: Line, tmp_path: Path
 ) -> None:
+    assert FederationSettings().keep_releases + 1 == GENERATORS_KEPT
     for version in range(1, GENERATORS_KEPT + 4):
         await line.generator(version)
     assert len(list((tmp_path / "releases").iterdir())) == GENERATORS_KEPT
