@@ -88,13 +88,14 @@ images: ## Build the container image with podman or docker
 	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --tag $(IMAGE) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) .
 
-bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity on real sets
+bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity and poisoning on real sets
 	$(BIN)/python -m benchmarks.inspection
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.edge
 	$(BIN)/python -m benchmarks.edge_memory
 	$(BIN)/python -m benchmarks.release_swaps
 	$(if $(DATA),$(BIN)/python -m benchmarks.runtimes $(DATA))
+	$(if $(DATA),$(BIN)/python -m benchmarks.poisoning $(DATA))
 	$(BIN)/python -m benchmarks.table
 
 bench-gpu: setup  ## Measure backbone and search on a GPU (on the CPU where there is none)

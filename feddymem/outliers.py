@@ -22,11 +22,11 @@ FEWEST_SITES = 3
 FEWEST_ITEMS = 64
 """Of a bank with fewer items only its size is judged: between so few, distances say little."""
 _LARGEST_SIZE = 3.0
-"""In medians of the sites. Honest banks come to 1.6, and any two of three products to 2.2 times each other."""
+"""In medians of the sites. Any two honest banks of three products come to at most 2.2 times each other."""
 _LEAST_DISTANCE = 0.1
-"""In medians of the sites. Honest banks come to 0.6, and any two of three products to 0.45 times each other."""
+"""In medians of the sites. Any two honest banks of three products come to at least 0.43 times each other."""
 _LARGEST_NOISE = 0.85
-"""1 is noise; honest banks come to at most 0.73."""
+"""1 is noise; honest banks come to at most 0.72."""
 _DRAWN_ITEMS = 2048
 """Distances are those of so many items of a bank at most: their time grows with the square."""
 
