@@ -60,7 +60,12 @@ class _CheckedChannel:
         """Of the kinds of methods, `unary_unary` to `stream_stream`."""
         make = getattr(self._channel, name)
 
-        def made(method: str, request_serializer: Serializer, response_deserializer: Deserializer, **more: Any) -> Any:
+        def made(
+            method: str,
+            request_serializer: Serializer = bytes,
+            response_deserializer: Deserializer = bytes,
+            **more: Any,
+        ) -> Any:
             # gRPC itself would log a message that cannot be read, and give None.
             call = make(method, request_serializer=with_checksum(request_serializer), **more)
             return lambda *args, **kwargs: _CheckedCall(call(*args, **kwargs), response_deserializer)
