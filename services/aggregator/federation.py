@@ -78,7 +78,7 @@ class Federation:
         self.changes = Changes()
         self.members = Members(name, settings, state)
         self.releases = Releases(name, settings, state, arrays, publisher)
-        self.uploads = Uploads(folder)
+        self.uploads = Uploads(folder, lambda site, number: site in state.banks(name, number))
         self._forget_banks()
 
     @property

@@ -10,6 +10,7 @@ from services.aggregator.servicer import FederationServicer
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.state import BANKS, RELEASES, State
 from services.runtime.array_store import ArrayStore
+from services.runtime.files import owned
 from services.runtime.hardware import configure_hardware
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import configure_logs
@@ -24,12 +25,13 @@ def main(args: list[str]) -> None:
     Raises:
         InvalidSettingsError: a setting is off.
         OSError: an address cannot be bound, or the state folder cannot be written.
-        ValueError: the state folder is that of another version.
+        ValueError: the state folder is in use, or that of another version.
     """
     settings = load_settings(AggregatorSettings, args)
     configure_logs(settings.log_format)
     configure_hardware(settings.threads)
-    asyncio.run(_serve(settings))
+    with owned(settings.state_dir):
+        asyncio.run(_serve(settings))
 
 
 async def _serve(settings: AggregatorSettings) -> None:

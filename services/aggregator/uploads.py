@@ -4,7 +4,7 @@ what another site has sent."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,10 +22,15 @@ _RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS)
 
 
 class Uploads:
-    """Receives banks array by array."""
+    """Receives banks array by array.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: where they are kept.
+        accepted: tells whether a bank of a site is accepted for a round.
+    """
+
+    def __init__(self, folder: Path, accepted: Callable[[str, int], bool]) -> None:
+        self._folder, self._accepted = folder, accepted
         self._stores: dict[str, ArrayStore] = {}
         self._under_way: dict[str, list[BankHeader]] = {}
         self._received: dict[str, tuple[int, int]] = {}
@@ -43,7 +48,8 @@ class Uploads:
     def receiving(self, header: BankHeader) -> Iterator[None]:
         """Room for one bank of a site inside the block; nothing is kept of one that is refused there.
 
-        What the site has left of another one, broken off, goes.
+        What the site has left of another one, broken off, goes. The same bank may come on several streams: the server
+        hears late of one that broke. What one of them brings is refused without harm to the others.
 
         Raises:
             Refusal: UNAVAILABLE where another bank of the site is on its way.
@@ -59,7 +65,8 @@ class Uploads:
         try:
             yield
         except (Refusal, InvalidBankError) as error:
-            if not (isinstance(error, Refusal) and error.status in _RESUMABLE):
+            resumable = isinstance(error, Refusal) and error.status in _RESUMABLE
+            if not resumable and len(under_way) == 1 and not self._accepted(header.site, header.round):
                 self.discard(header)
             raise
         finally:

@@ -11,6 +11,7 @@ from services.edge_client.images import SiteImages
 from services.edge_client.participant import Participant
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
+from services.runtime.files import owned
 from services.runtime.hardware import configure_hardware
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import configure_logs
@@ -28,13 +29,15 @@ def main(args: list[str]) -> None:
         DatasetError: no folder, no image in it, or none that can be read.
         ParticipationError: the aggregator refuses this site.
         OSError: an address cannot be bound, or the state folder cannot be written.
+        ValueError: the state folder is in use.
     """
     settings = load_settings(EdgeClientSettings, args)
     configure_logs(settings.log_format)
     configure_hardware(settings.threads)
     list_images(settings.data)  # fail before anything listens
     device = resolve_device(settings.device)
-    asyncio.run(_serve(settings, device))
+    with owned(settings.state_dir):
+        asyncio.run(_serve(settings, device))
 
 
 async def _serve(settings: EdgeClientSettings, device: str) -> None:

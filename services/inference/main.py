@@ -11,6 +11,7 @@ from services.inference.open_inference import OpenInferenceServicer
 from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
+from services.runtime.files import owned
 from services.runtime.hardware import configure_hardware
 from services.runtime.identity import Role
 from services.runtime.logs import configure_logs
@@ -29,12 +30,14 @@ def main(args: list[str]) -> None:
     Raises:
         InvalidSettingsError: a setting is off.
         OSError: an address cannot be bound, or the state folder cannot be written.
+        ValueError: the state folder is in use.
     """
     settings = load_settings(InferenceSettings, args)
     configure_logs(settings.log_format)
     configure_hardware(settings.threads)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    asyncio.run(_serve(settings))
+    with owned(settings.state_dir):
+        asyncio.run(_serve(settings))
 
 
 async def _serve(settings: InferenceSettings) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from feddymem.v1.array_pb2 import Array, ArrayChunk
 from services.runtime.arrays import check_chunk
 from services.runtime.errors import data_loss, invalid, not_found
-from services.runtime.files import quarantine, sync_folder
+from services.runtime.files import make_folder, quarantine, sync_folder
 
 
 class ArrayStore:
@@ -21,7 +21,7 @@ class ArrayStore:
         self._folder = folder
         # Two streams may carry the same array, each in a thread of its own.
         self._lock = threading.RLock()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def __contains__(self, sha256: bytes) -> bool:
         return self._path(sha256).exists()

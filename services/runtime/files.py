@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import Counter
@@ -20,6 +23,25 @@ DAMAGED = Counter("feddymem_damaged_files_total", "Files of the state folder tha
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 _log = get_logger()
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """A state folder is this process's alone inside the block; when it dies, however, the folder is free.
+
+    Raises:
+        ValueError: it is another process's.
+        OSError: it cannot be written.
+    """
+    make_folder(folder)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"state_dir: {folder} is in use by another process; stop that one, or give another folder"
+            ) from error
+        yield
 
 
 def write_record(path: Path, data: bytes) -> None:
@@ -61,6 +83,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, with those above it, that survives a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
