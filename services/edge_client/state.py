@@ -15,7 +15,7 @@ from feddymem.v1.federation_pb2 import BankHeader
 from feddymem.v1.release_pb2 import Release
 from services.runtime.array_store import ArrayStore
 from services.runtime.errors import Refusal
-from services.runtime.files import read_record, write_record
+from services.runtime.files import make_folder, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EdgeState:
     """Small files in one folder, each replaced as a whole, beside content-addressed arrays. `claim` comes first."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.arrays = ArrayStore(folder / "arrays")
         self.features = folder / "features"
         self.instance = ""

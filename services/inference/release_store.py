@@ -13,7 +13,7 @@ from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEM
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
 from services.runtime.errors import as_refusal, invalid
-from services.runtime.files import read_record, write_record
+from services.runtime.files import make_folder, read_record, write_record
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, generator_from_wire
 
@@ -38,7 +38,7 @@ class ReleaseStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "releases"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self.arrays = ArrayStore(folder / "arrays")
         self._lost: set[str] = set()
 
