@@ -18,6 +18,7 @@ from feddymem.v1.federation_pb2_grpc import FederationServiceStub
 from feddymem.v1.release_pb2 import WatchReleasesRequest
 from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
 from services.cli.certs import authority, issue
+from services.runtime.channels import MAX_MESSAGE_BYTES
 from services.runtime.identity import Role
 from tests.chaos import REPEATS
 from tests.chaos.federation import RETRY_SECONDS, ROUNDS, SETTINGS, SITES, Published, Trial, download_release
@@ -33,7 +34,7 @@ BYTES_PER_FLIP = 10_000
 BYTES_PER_FLIP_WITH_TLS = 40_000
 """Fewer: each flip costs the connection, and two handshakes take 10,000 bytes."""
 SLOW_CALLERS = 16
-SLOW_BYTES = 3 * 2**20
+SLOW_BYTES = MAX_MESSAGE_BYTES - 1000
 PAUSE_SECONDS = 0.05
 """Between questions: who asks too often is refused."""
 PATIENCE_SECONDS = 10
