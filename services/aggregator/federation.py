@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import feddymem
 from feddymem.feature_space import FeatureSpace
-from feddymem.federation import MAX_ORIGINS, MEMORY_TYPE, NextMemory, next_memory
 from feddymem.memory import InvalidBankError
 from feddymem.outliers import Outlier
 from feddymem.v1 import feature_space_pb2
@@ -29,22 +26,24 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsResponse,
 )
 from feddymem.v1.operator_pb2 import STANDING_BANNED, Standing
-from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Provenance, Release
+from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
 from services.aggregator.banks import check_manifests, check_values
-from services.aggregator.members import Members, check_images
-from services.aggregator.releases import Releases
+from services.aggregator.members import Members, Presence, check_images
+from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
+from services.aggregator.releases import DamagedReleaseError, Releases
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import AcceptedBank, OpenedRound, State
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import bank_to_wire
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, exists, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
 from services.runtime.publisher import Publisher
 
+WAITS_FOR_SECONDS = 2
+"""Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
 AGGREGATION_RETRY_SECONDS = 10
 """Pause before a round that failed is tried again: whoever has made room on the disk sees soon that it was enough."""
 
@@ -75,10 +74,14 @@ class Federation:
         self.name, self.settings = name, settings
         self._state, self._arrays = state, arrays
         self._aggregating = False
-        self.changes = Changes()
+        self._changes, self.news = Changes(), Changes()
+        self._rounds: WatchRoundsResponse | None = None
+        self._told: tuple[int, int] | None = None
+        self._telling: asyncio.TimerHandle | None = None
         self.members = Members(name, settings, state)
         self.releases = Releases(name, settings, state, arrays, publisher)
-        self.uploads = Uploads(folder, lambda site, number: site in state.banks(name, number))
+        self.uploads = Uploads(folder, lambda site, number: state.bank(name, number, site) is not None)
+        self._base_damaged = False
         self._forget_banks()
 
     @property
@@ -99,20 +102,25 @@ class Federation:
         """A site joins; see federation.proto."""
         self.members.join(request)
         _log.info("site_joined", federation=self.name, site=request.site, images=request.images)
-        self.changes.notify()
+        self._changed()
 
     @contextmanager
-    def presence(self, site: str, instance: str) -> Iterator[None]:
-        """The site counts as present inside the block."""
-        with self.members.presence(site, instance):
-            self.changes.notify()
+    def presence(self, site: str, instance: str) -> Iterator[Presence]:
+        """The site counts as present inside the block; see `Members.presence`."""
+        with self.members.presence(site, instance) as presence:
+            self._changed()
             try:
-                yield
+                yield presence
             finally:
-                self.changes.notify()
+                self._changed()
 
     def rounds(self) -> WatchRoundsResponse:
-        """The state of the rounds, as sites are told it."""
+        """The state of the rounds, as sites are told it; `news` says when to look again."""
+        if self._rounds is None:  # made once for all that watch
+            self._rounds = self._make_rounds()
+        return self._rounds
+
+    def _make_rounds(self) -> WatchRoundsResponse:
         phase = self.phase
         opened = self._state.opened_round(self.name, self.round)
         during = opened if phase in (PHASE_OPEN, PHASE_AGGREGATING) else None
@@ -138,8 +146,9 @@ class Federation:
                 f"bank has fingerprint {header.fingerprint[:64]}, federation {self.name!r} has {fingerprint}; "
                 "call Join with the feature space of the bank to see what differs"
             )
-        accepted = self._state.banks(self.name, header.round).get(header.site)
-        if accepted is not None and list(accepted.header.arrays) == list(header.arrays):
+        accepted = self._state.bank(self.name, header.round, header.site)
+        # Of rounds long closed, headers are not kept: what has no arrays is equal to nothing.
+        if accepted is not None and header.arrays and list(accepted.header.arrays) == list(header.arrays):
             return True
         if self.phase != PHASE_OPEN or header.round != self.round:
             metrics.BANKS_REFUSED.labels(self.name, "late").inc()
@@ -172,23 +181,29 @@ class Federation:
         metrics.BANKS_ACCEPTED.labels(self.name).inc()
         metrics.BANK_BYTES.labels(self.name).inc(received)
         _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=items)
-        self.changes.notify()
+        self._changed()
 
     def activate(self, version: int) -> int:
-        """Activates a release, see operator.proto; the version that is active now."""
+        """Activates a release, see operator.proto; the version that is active now.
+
+        A round whose base was damaged on the disk starts from the active release then.
+        """
         self.releases.activate(version)
+        if self._base_damaged:
+            self._state.set_base(self.name, self.round, self.releases.active)
+        self._changed()
         return self.releases.active
 
     def set_standing(self, site: str, standing: Standing.ValueType) -> None:
         """Says how a site's banks are treated; see operator.proto."""
         self.members.set_standing(site, standing)
-        self.changes.notify()
+        self._changed(at_once=True)
 
     def remove(self, site: str) -> None:
         """Forgets a site; see operator.proto."""
         self.members.remove(site, self.releases.newest + 1)
         self._forget_banks()
-        self.changes.notify()
+        self._changed(at_once=True)
 
     def status(self, only: str | None = None) -> FederationStatus:
         """What `feddymem status` shows: of all sites, or of one only."""
@@ -232,37 +247,48 @@ class Federation:
             except Exception as error:  # noqa: BLE001 - the other federations go on, and so does this one, later
                 metrics.AGGREGATIONS_FAILED.labels(self.name).inc()
                 _log.error("aggregation_failed", federation=self.name, round=self.round, exc_info=error)
-                await self.changes.wait(AGGREGATION_RETRY_SECONDS)
+                await self._changes.wait(AGGREGATION_RETRY_SECONDS)
         _log.info("federation_done", federation=self.name, release=self.releases.newest)
 
     async def _drive_round(self) -> None:
-        """Opens a round, waits until it is complete and makes its release; or, where outliers leave too few banks,
-        returns, to be called again."""
+        """Opens a round, waits until it is complete and makes its release; or returns without one, to be called again,
+        where too few banks count then, or the operator has said something else meanwhile."""
         while self.phase == PHASE_WAITING:
-            await self.changes.wait()
-        opened = self._state.open_round(self.name, self.round, self.releases.active)
-        metrics.ROUND.labels(self.name).set(self.round)
-        _log.info("round_open", federation=self.name, round=self.round, base=opened.base)
-        self.changes.notify()
+            await self._changes.wait()
+        opened = self._open_round()
         while (seconds := self._seconds_to_wait()) > 0:
-            await self.changes.wait(None if seconds == float("inf") else seconds)
-        await self._aggregate(opened)
+            await self._changes.wait(None if seconds == float("inf") else seconds)
+        with self._merging(), metrics.AGGREGATION_SECONDS.labels(self.name).time():
+            released = await self._release()
+        if released:
+            self._forget_banks()
+            metrics.ROUND_SECONDS.labels(self.name).observe(time.time() - opened.opened)
+            self._changed()
+
+    def _open_round(self) -> OpenedRound:
+        opened = self._state.opened_round(self.name, self.round)
+        if opened is None:
+            opened = self._state.open_round(self.name, self.round, self.releases.active)
+            _log.info("round_open", federation=self.name, round=self.round, base=opened.base)
+        metrics.ROUND.labels(self.name).set(self.round)
+        self._changed()
+        return opened
 
     def _seconds_to_wait(self) -> float:
         """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum."""
-        banks = self._banks()
+        banks = self._quarantines()
         if self._counted(banks) < self.settings.quorum:
             return float("inf")
         longest = max((s for site, s in self.members.waited_for().items() if site not in banks), default=0.0)
         return min(longest, self._seconds_left())
 
-    def _banks(self) -> dict[str, AcceptedBank]:
-        """Banks of the open round whose sites may take part, those in quarantine among them."""
-        banks = self._state.banks(self.name, self.round)
-        return {site: bank for site, bank in banks.items() if self.members.counts(site)}
+    def _quarantines(self) -> dict[str, str]:
+        """Why each bank of the open round does not count (empty if it does), of sites that may take part."""
+        reasons = self._state.quarantine(self.name, self.round)
+        return {site: reason for site, reason in reasons.items() if self.members.counts(site)}
 
-    def _counted(self, banks: Mapping[str, AcceptedBank]) -> int:
-        return sum(not bank.quarantine or self.members.admitted(site) for site, bank in banks.items())
+    def _counted(self, quarantines: Mapping[str, str]) -> int:
+        return sum(not reason or self.members.admitted(site) for site, reason in quarantines.items())
 
     def _seconds_left(self) -> float:
         opened = self._state.opened_round(self.name, self.round)
@@ -276,47 +302,71 @@ class Federation:
             return f"{quorum - len(self.members.joined)} more to join, for the quorum of {quorum}"
         if self.phase != PHASE_OPEN:
             return ""
-        banks = self._banks()
+        banks = self._quarantines()
         counted = self._counted(banks)
         if counted < quorum:
             held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
             return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
         return f"banks of {sum(site not in banks for site in self.members.waited_for())} more sites"
 
-    async def _aggregate(self, opened: OpenedRound) -> None:
-        banks = self._banks()
+    @contextmanager
+    def _merging(self) -> Iterator[None]:
+        """The federation aggregates inside the block. What cannot be read there is made good, as far as it can be."""
         self._aggregating = True
-        self.changes.notify()
+        self._changed()
         try:
-            with metrics.AGGREGATION_SECONDS.labels(self.name).time():
-                merged = await self._merge(banks, opened)
-                self._quarantine(merged.outliers)
-                if len(banks) - len(merged.outliers) < self.settings.quorum:
-                    return
-                release = await self._make_release(merged, banks)
+            yield
+            self._base_damaged = False
+        except DamagedBankError as error:
+            self._state.remove_bank(self.name, self.round, error.header.site)
+            self.uploads.discard(error.header)
+            self.members.call_back(error.header.site)
+            raise
+        except DamagedReleaseError:
+            self._base_damaged = True
+            raise
         finally:
             self._aggregating = False
-            self.changes.notify()
-        self.releases.add(release)
-        self._forget_banks()
+            self._changed(at_once=True)
+
+    async def _release(self) -> bool:
+        """Makes the release of the round; whether there is one."""
+        inputs = self._inputs()
+        merged = await asyncio.to_thread(inputs.next_memory, self.uploads, self.releases, self.settings.method)
+        if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
+            return False
+        self._quarantine(merged.outliers)
+        if len(inputs.banks) - len(merged.outliers) < self.settings.quorum:
+            return False
+        draft = Release(
+            federation=self.name,
+            version=self.round,
+            feature_space=self._state.feature_space(self.name),
+            needs_generator=self.settings.method.generator,
+        )
+        release = await make_release(merged, inputs.banks, draft, self._arrays)
+        if self._inputs() != inputs:
+            return False
+        self.releases.add(release, inputs.origins)
         metrics.BANKS_QUARANTINED.labels(self.name).inc(len(merged.outliers))
-        metrics.ROUND_SECONDS.labels(self.name).observe(time.time() - opened.opened)
         _log.info("released", federation=self.name, version=release.version, sites=release.provenance.sites)
-        self.changes.notify()
+        return True
 
-    async def _merge(self, banks: Mapping[str, AcceptedBank], opened: OpenedRound) -> NextMemory:
-        sites = self._state.bank_sites(self.name)
-        banned, trusted = self._banned_origins(sites), {site for site in banks if self.members.admitted(site)}
-        method = self.settings.method
-
-        def merge() -> NextMemory:
-            received = {site: self.uploads.bank(bank.header) for site, bank in banks.items()}
-            memory = self.releases.memory(opened.base)
-            if memory is not None and banned:
-                memory = memory.without(banned)
-            return next_memory(memory, received, sites, method, trusted)
-
-        return await asyncio.to_thread(merge)
+    def _inputs(self) -> Merging:
+        opened = self._state.opened_round(self.name, self.round)
+        assert opened is not None, "a round is opened before it is merged"
+        accepted = self._state.banks(self.name, self.round)
+        banks = {site: bank.header for site, bank in accepted.items() if self.members.counts(site)}
+        known = self._state.origins(self.name)
+        origins = (*known, *sorted(banks.keys() - set(known)))
+        banned = frozenset(site for site in origins if self.members.standing(site) == STANDING_BANNED)
+        return Merging(
+            base=opened.base,
+            banks=banks,
+            origins=origins,
+            banned=banned_origins(origins, banned, self.settings.method),
+            trusted=frozenset(site for site in banks if self.members.admitted(site)),
+        )
 
     def _quarantine(self, outliers: Iterable[Outlier]) -> None:
         """Writes which banks of the round do not count; all were judged anew, with those that have come since."""
@@ -325,37 +375,23 @@ class Federation:
         for site, reason in reasons.items():
             _log.warning("bank_quarantined", federation=self.name, site=site, round=self.round, reason=reason)
 
-    async def _make_release(self, merged: NextMemory, banks: Mapping[str, AcceptedBank]) -> Release:
-        wire = bank_to_wire(merged.memory, MEMORY_TYPE)
-        for array in wire:
-            await asyncio.to_thread(self._arrays.put, array.manifest.sha256, array.data)
-        outliers = {outlier.site for outlier in merged.outliers}
-        headers = [bank.header for site, bank in banks.items() if site not in outliers]
-        items = [next(a for a in header.arrays if a.name == "items") for header in headers]
-        release = Release(
-            federation=self.name,
-            version=self.round,
-            kind=RELEASE_KIND_GLOBAL_MEMORY,
-            feature_space=self._state.feature_space(self.name),
-            arrays=[array.manifest for array in wire],
-            needs_generator=self.settings.method.generator,
-            provenance=Provenance(
-                sites=len(headers),
-                images=sum(header.images for header in headers),
-                items=sum(array.shape[0] for array in items),
-                banks_sha256=sorted(hashlib.sha256(array.sha256).hexdigest() for array in items),
-                program_version=feddymem.__version__,
-                quarantined=len(outliers),
-            ),
-        )
-        release.created.GetCurrentTime()
-        return release
+    def _changed(self, at_once: bool = False) -> None:
+        """Wakes who drives the rounds, and who watches them: at once where phase or round have moved, or it is about
+        who may take part; else together with what else comes within WAITS_FOR_SECONDS."""
+        self._rounds = None
+        self._changes.notify()
+        now = self.phase, self.round
+        if at_once or now != self._told:
+            self._told = now
+            self._tell()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(WAITS_FOR_SECONDS, self._tell)
 
-    def _banned_origins(self, sites: list[str]) -> list[int]:
-        """Origins of banned sites in the global memory; none where sites share origins, or it has only one."""
-        if not self.settings.method.origins or len(sites) > MAX_ORIGINS:
-            return []
-        return [origin for origin, site in enumerate(sites) if self.members.standing(site) == STANDING_BANNED]
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self.news.notify()
 
     def _forget_banks(self) -> None:
         """Removes the arrays of banks that no round needs any more."""

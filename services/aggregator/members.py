@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 
@@ -22,21 +23,36 @@ from services.runtime.messages import feature_space_from_message
 _MAX_IMAGES = 10**9
 
 
+@dataclass(frozen=True, eq=False)
+class Presence:
+    """A site's edge client is connected.
+
+    Attributes:
+        site: name of the site.
+        instance: the edge client that speaks for it.
+    """
+
+    site: str
+    instance: str
+
+
 class Members:
-    """Keeps the sites of a federation. Presence is known to this process only, everything else is on disk."""
+    """Keeps the sites of a federation. Presence is known to this process only; everything else is on disk, and read
+    from there once: with a thousand sites, all of it is asked for with each bank that comes."""
 
     def __init__(self, name: str, settings: FederationSettings, state: State) -> None:
         self._name, self._settings, self._state = name, settings, state
-        self._present: dict[str, tuple[str, int]] = {}
-        self._streams = 0
+        self._instances = {site.name: site.instance for site in state.sites(name).values()}
+        self._standings = state.standings(name)
+        self._present: dict[str, Presence] = {}
         # Whether a site that was there before a restart comes back is not known yet.
         self._left = dict.fromkeys(self.joined, time.monotonic())
         metrics.SITES_PRESENT.labels(name).set(0)
 
     @property
-    def joined(self) -> dict[str, Site]:
-        """Sites that have joined, are on the list and not banned, by name."""
-        return {name: site for name, site in self._state.sites(self._name).items() if self.counts(name)}
+    def joined(self) -> list[str]:
+        """Sites that have joined, are on the list and not banned."""
+        return [site for site in self._instances if self.counts(site)]
 
     def listed(self, site: str) -> bool:
         """Whether a site is one of the federation's."""
@@ -52,7 +68,7 @@ class Members:
 
     def standing(self, site: str) -> Standing.ValueType:
         """How a site's banks are treated."""
-        return self._state.standings(self._name).get(site, STANDING_JUDGED)
+        return self._standings.get(site, STANDING_JUDGED)
 
     def present(self, site: str) -> bool:
         """Whether a site's edge client is connected."""
@@ -75,6 +91,7 @@ class Members:
             ours = feature_space_from_message(known)
             ours.require_same(space, f"federation {self._name!r}", f"site {request.site!r}")
         self._state.put_site(self._name, Site(request.site, request.instance, request.images))
+        self._instances[request.site] = request.instance
         self._left.setdefault(request.site, time.monotonic())
 
     def require_joined(self, site: str, instance: str) -> None:
@@ -85,29 +102,39 @@ class Members:
                 more.
         """
         self._require_counts(site)
-        joined = self.joined.get(site)
-        if joined is None or joined.instance != instance:
+        if self._instances.get(site) != instance:
             raise precondition(
                 f"site {site!r} has not joined federation {self._name!r} with this edge client; call Join first"
             )
 
     @contextmanager
-    def presence(self, site: str, instance: str) -> Iterator[None]:
-        """The site counts as present inside the block."""
+    def presence(self, site: str, instance: str) -> Iterator[Presence]:
+        """The site counts as present inside the block, or until another one of the same edge client begins."""
         self.require_joined(site, instance)
         self._check_alone(site, instance)
-        self._streams += 1
-        stream = self._streams
-        self._present[site] = (instance, stream)
+        presence = self._present[site] = Presence(site, instance)
         self._left.pop(site, None)
         metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
         try:
-            yield
+            yield presence
         finally:
-            if self._present.get(site) == (instance, stream):  # not replaced by a newer stream of the same edge client
-                del self._present[site]
-                self._left[site] = time.monotonic()
-            metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
+            if self._present.get(site) is presence:
+                self._leave(site)
+
+    def require_present(self, presence: Presence) -> None:
+        """Checks that a presence goes on, and may.
+
+        Raises:
+            Refusal: UNAVAILABLE where the site was called back or has begun another one; as `require_joined`.
+        """
+        self.require_joined(presence.site, presence.instance)
+        if self._present.get(presence.site) is not presence:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "this watch is over; call Join and watch the rounds again")
+
+    def call_back(self, site: str) -> None:
+        """Ends a site's presence, so that its edge client begins anew and looks what is wanted of it."""
+        if site in self._present:
+            self._leave(site)
 
     def waited_for(self) -> dict[str, float]:
         """Sites whose banks a round waits for, and how much longer, in seconds, for each of them.
@@ -126,13 +153,20 @@ class Members:
         if standing not in Standing.values()[1:]:
             raise invalid(f"standing is {standing}; expected JUDGED (1), ADMITTED (2) or BANNED (3)")
         self._state.put_standing(self._name, site, standing)
+        self._standings[site] = standing
 
     def remove(self, site: str, round_number: int) -> None:
         """See operator.proto."""
-        if site not in self._state.sites(self._name):
+        if site not in self._instances:
             raise not_found(f"no site {site[:63]!r} has joined federation {self._name!r}; see `feddymem status`")
         self._state.remove_site(self._name, site, round_number)
+        del self._instances[site]
         self._left.pop(site, None)
+
+    def _leave(self, site: str) -> None:
+        del self._present[site]
+        self._left[site] = time.monotonic()
+        metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
 
     def _require_counts(self, site: str) -> None:
         if not self.listed(site):
@@ -141,15 +175,14 @@ class Members:
             raise denied(f"site {site!r} is banned from federation {self._name!r}; ask its operator")
 
     def _require_room_for(self, site: str) -> None:
-        joined = self._state.sites(self._name)
-        if site not in joined and len(joined) >= self._settings.max_sites:
+        if site not in self._instances and len(self._instances) >= self._settings.max_sites:
             raise precondition(
                 f"federation {self._name!r} has its {self._settings.max_sites} sites; its operator can raise max_sites"
             )
 
     def _check_alone(self, site: str, instance: str) -> None:
         present = self._present.get(site)
-        if present is not None and present[0] != instance:
+        if present is not None and present.instance != instance:
             raise exists(
                 f"another edge client takes part as site {site!r} of federation {self._name!r} right now; "
                 "stop it first, or give this one another site name"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from feddymem.memory import MemoryBank
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
@@ -9,8 +11,12 @@ from services.aggregator.settings import FederationSettings
 from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
-from services.runtime.errors import not_found
+from services.runtime.errors import Refusal, not_found
 from services.runtime.publisher import Publisher
+
+
+class DamagedReleaseError(RuntimeError):
+    """A release cannot be read any more."""
 
 
 class Releases:
@@ -49,15 +55,25 @@ class Releases:
         return self._kept.get(version)
 
     def memory(self, version: int) -> MemoryBank | None:
-        """The global memory of a release; None for version 0, before the first."""
+        """The global memory of a release; None for version 0, before the first.
+
+        Raises:
+            DamagedReleaseError: it cannot be read.
+        """
         if version == 0:
             return None
         arrays = self._kept[version].arrays
-        return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in arrays)
+        try:
+            return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in arrays)
+        except Refusal as refusal:
+            raise DamagedReleaseError(
+                f"release {version} of federation {self._name!r} cannot be read: {refusal.text}; restore a backup, or "
+                "activate another release (`feddymem operator activate`), from which the round starts then"
+            ) from refusal
 
-    def add(self, release: Release) -> None:
-        """A round's release exists from now on, and is active unless another one is held."""
-        self._state.put_release(release)
+    def add(self, release: Release, origins: Sequence[str]) -> None:
+        """A round's release exists from now on, and is active unless another one is held; see `State.put_release`."""
+        self._state.put_release(release, origins)
         self._kept[release.version] = release
         self._prune()
         self._publish()

@@ -62,17 +62,17 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         """See federation.proto."""
         require_site(context, request.site)
         federation = self._federation(request.federation, request.site)
-        with federation.presence(request.site, request.instance):
+        with federation.presence(request.site, request.instance) as presence:
             told: tuple[int, int, str] | None = None
             while True:
-                federation.members.require_joined(request.site, request.instance)  # it may have been removed since
+                federation.members.require_present(presence)  # it may have been removed since
                 state = federation.rounds()
                 now = state.phase, state.round, state.waits_for
                 if told != now:
                     told = now
                     yield state
                 else:
-                    await federation.changes.wait()
+                    await federation.news.wait()
 
     async def UploadBank(
         self, request_iterator: AsyncIterator[UploadBankRequest], context: aio.ServicerContext[Any, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ RELEASES = "releases"
 """Folder of the arrays of all releases, beside the database."""
 BANKS = "banks"
 """Folder of a folder for each federation, with a folder for each site, with the arrays of its bank."""
-_VERSION = 2
+_VERSION = 3
 _BANKS_SHOWN = 100
 """Of a site in the status of a federation, which thousand sites may have after thousands of rounds."""
 _SCHEMA = """
@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS bank (
 CREATE TABLE IF NOT EXISTS release (
     federation TEXT, version INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version)
 );
+CREATE TABLE IF NOT EXISTS origin (federation TEXT, number INTEGER, site TEXT, PRIMARY KEY (federation, number));
 CREATE TABLE IF NOT EXISTS held (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
 """
 
@@ -187,6 +188,22 @@ class State:
         )
         return {site: AcceptedBank(BankHeader.FromString(header), *other) for site, header, *other in rows}
 
+    def bank(self, federation: str, number: int, site: str) -> AcceptedBank | None:
+        """A site's bank of a round; None where none is accepted."""
+        row = self._db.execute(
+            "SELECT header, received_bytes, quarantine FROM bank WHERE federation = ? AND round = ? AND site = ?",
+            (federation, number, site),
+        ).fetchone()
+        return AcceptedBank(BankHeader.FromString(row[0]), *row[1:]) if row else None
+
+    def quarantine(self, federation: str, number: int) -> dict[str, str]:
+        """Of each bank of a round, by site, why it does not count; empty if it does."""
+        return dict(
+            self._db.execute(
+                "SELECT site, quarantine FROM bank WHERE federation = ? AND round = ?", (federation, number)
+            )
+        )
+
     def last_banks(self, federation: str) -> dict[str, tuple[int, str]]:
         """Of each site's last bank, the round and why it is in quarantine (empty if it is not)."""
         rows = self._db.execute(
@@ -194,11 +211,9 @@ class State:
         )
         return {site: (number, quarantine) for site, number, quarantine in rows}
 
-    def bank_sites(self, federation: str) -> list[str]:
-        """Sites that a bank was ever accepted of, in the order of their first rounds; new ones come last."""
-        rows = self._db.execute(
-            "SELECT site FROM bank WHERE federation = ? GROUP BY site ORDER BY MIN(round), site", (federation,)
-        )
+    def origins(self, federation: str) -> list[str]:
+        """Sites of whose banks releases were made; a site's place is its origin, for good."""
+        rows = self._db.execute("SELECT site FROM origin WHERE federation = ? ORDER BY number", (federation,))
         return [site for (site,) in rows]
 
     def bytes_per_round(self, federation: str, site: str) -> list[int]:
@@ -223,6 +238,14 @@ class State:
                 (header.images, header.federation, header.site),
             )
 
+    def remove_bank(self, federation: str, number: int, site: str) -> None:
+        """A site's bank of a round was never accepted."""
+        self._db.execute("DELETE FROM bank WHERE federation = ? AND round = ? AND site = ?", (federation, number, site))
+
+    def set_base(self, federation: str, number: int, base: int) -> None:
+        """A round that is open starts from another release."""
+        self._db.execute("UPDATE round SET base = ? WHERE federation = ? AND number = ?", (base, federation, number))
+
     def set_quarantine(self, federation: str, number: int, reasons: Mapping[str, str]) -> None:
         """Of a round's banks, those of these sites do not count, for these reasons; the others do."""
         with self._transaction():
@@ -237,12 +260,21 @@ class State:
         rows = self._db.execute("SELECT message FROM release WHERE federation = ? ORDER BY version", (federation,))
         return [Release.FromString(row[0]) for row in rows]
 
-    def put_release(self, release: Release) -> None:
-        """A release exists from now on; its arrays are in the store already. Its round is closed."""
+    def put_release(self, release: Release, origins: Sequence[str]) -> None:
+        """A release exists from now on; its arrays are in the store already. Its round is closed.
+
+        Args:
+            release: the release.
+            origins: sites by their origin in it; none may have another origin than before.
+        """
         with self._transaction():
             self._db.execute(
                 "INSERT INTO release VALUES (?, ?, ?)",
                 (release.federation, release.version, release.SerializeToString(deterministic=True)),
+            )
+            self._db.executemany(
+                "INSERT OR IGNORE INTO origin VALUES (?, ?, ?)",
+                [(release.federation, number, site) for number, site in enumerate(origins)],
             )
             self._db.execute(  # the last round's stay: their senders may not have heard yet that they are accepted
                 "UPDATE bank SET header = x'' WHERE federation = ? AND round < ?",

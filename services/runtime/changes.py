@@ -21,8 +21,10 @@ class Changes:
 
     async def wait(self, seconds: float | None = None) -> bool:
         """Waits for the next change, at most so long; whether there was one."""
+        event = self._event
         try:
-            await asyncio.wait_for(self._event.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await event.wait()
         except TimeoutError:
             return False
         return True

@@ -1,0 +1,143 @@
+"""What the operator says while a round is merged counts; who watches hears of moves at once and of the rest soon."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from feddymem.federation import NextMemory
+from feddymem.method import Method
+from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, BankHeader, JoinRequest, UploadBankRequest
+from feddymem.v1.operator_pb2 import STANDING_BANNED
+from services.aggregator import federation as module
+from services.aggregator.federation import Federation
+from services.aggregator.merging import Merging
+from services.aggregator.releases import Releases
+from services.aggregator.settings import FederationSettings
+from services.aggregator.state import State
+from services.aggregator.uploads import Uploads
+from services.runtime.array_store import ArrayStore
+from services.runtime.arrays import bank_to_wire, chunks
+from services.runtime.messages import feature_space_to_message
+from services.runtime.publisher import Publisher
+from tests.feature_spaces import SPACE
+from tests.integration.fake_site import make_bank
+
+SITES = ("a", "b", "c")
+
+
+class Slow:
+    """Merges, but only when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.merging, self._go_on = threading.Event(), threading.Event()
+        self.merged: list[set[str]] = []
+        merge = Merging.next_memory
+
+        def slow(inputs: Merging, uploads: Uploads, releases: Releases, method: Method) -> NextMemory:
+            self.merged.append(set(inputs.banks))
+            self.merging.set()
+            assert self._go_on.wait(30)
+            return merge(inputs, uploads, releases, method)
+
+        monkeypatch.setattr(Merging, "next_memory", slow)
+
+    def go_on(self) -> None:
+        self._go_on.set()
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Federation]:
+    state, store = State(folder), ArrayStore(folder / "releases")
+    publisher = Publisher(store, frozenset(), lambda _who, _federation: True)
+    settings = FederationSettings(
+        quorum=2, sites=SITES, method=Method(bank_items=30, memory_items=100, rounds=1, item_type="float16")
+    )
+    try:
+        yield Federation("parts", settings, state, folder / "banks", store, publisher)
+    finally:
+        state.close()
+
+
+def join(federation: Federation, site: str) -> None:
+    space = feature_space_to_message(SPACE)
+    federation.join(JoinRequest(federation="parts", site=site, instance=site, feature_space=space, images=10))
+
+
+async def upload(federation: Federation, site: str) -> None:
+    arrays = bank_to_wire(make_bank(ord(site)), "float16")
+    header = BankHeader(
+        federation="parts",
+        site=site,
+        instance=site,
+        round=1,
+        fingerprint=SPACE.fingerprint,
+        images=10,
+        arrays=[array.manifest for array in arrays],
+    )
+
+    async def stream() -> AsyncIterator[UploadBankRequest]:
+        for array in arrays:
+            for chunk in chunks(array.manifest.sha256, array.data):
+                yield UploadBankRequest(chunk=chunk)
+
+    assert not federation.check_header(header)
+    with federation.uploads.receiving(header):
+        await federation.uploads.receive(header, stream())
+        await federation.accept(header)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [lambda federation: federation.set_standing("c", STANDING_BANNED), lambda federation: federation.remove("c")],
+    ids=["ban", "remove"],
+)
+async def test_who_is_banned_or_removed_while_a_round_is_merged_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: Callable[[Federation], None]
+) -> None:
+    slow = Slow(monkeypatch)
+    with opened(tmp_path) as federation:
+        for site in SITES:
+            join(federation, site)
+        driven = asyncio.ensure_future(federation.run())
+        for site in SITES:
+            await upload(federation, site)
+        await asyncio.to_thread(slow.merging.wait, 30)
+        says(federation)
+        slow.go_on()
+        async with asyncio.timeout(30):
+            while federation.phase != PHASE_DONE:
+                if federation.phase == PHASE_OPEN and federation.members.counts("c"):  # removed: it is on the list
+                    federation.set_standing("c", STANDING_BANNED)
+                await federation.news.wait(0.1)
+            await driven
+        assert slow.merged == [{"a", "b", "c"}, {"a", "b"}]
+        release = federation.releases.find(1)
+        assert release is not None
+        assert release.provenance.sites == 2
+
+
+async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAITS_FOR_SECONDS", 0.5)
+    with opened(tmp_path) as federation:
+        join(federation, "a")
+        driven = asyncio.ensure_future(federation.run())
+        moved = asyncio.ensure_future(federation.news.wait(30))
+        await asyncio.sleep(0)
+        join(federation, "b")  # the quorum: the round opens
+        assert federation.rounds().phase == PHASE_OPEN
+        assert await moved
+        soon = asyncio.ensure_future(federation.news.wait(30))
+        await upload(federation, "a")
+        assert not soon.done()
+        assert federation.rounds().waits_for == "1 more banks, for the quorum of 2"
+        assert await soon
+        driven.cancel()
+        await asyncio.gather(driven, return_exceptions=True)
