@@ -55,6 +55,6 @@ async def _serve(settings: AggregatorSettings) -> None:
     try:
         async with listening(settings, Role.AGGREGATOR, services) as readiness:
             await readiness.set(True)
-            await run_until_stopped(*(federation.run() for federation in federations.values()))
+            await run_until_stopped(*(federation.rounds.run() for federation in federations.values()))
     finally:
         state.close()

@@ -66,13 +66,13 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             told: tuple[int, int, str] | None = None
             while True:
                 federation.members.require_present(presence)  # it may have been removed since
-                state = federation.rounds()
+                state = federation.rounds.state()
                 now = state.phase, state.round, state.waits_for
                 if told != now:
                     told = now
                     yield state
                 else:
-                    await federation.news.wait()
+                    await federation.rounds.news.wait()
 
     async def UploadBank(
         self, request_iterator: AsyncIterator[UploadBankRequest], context: aio.ServicerContext[Any, Any]

@@ -14,7 +14,7 @@ from feddymem.federation import NextMemory
 from feddymem.method import Method
 from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, BankHeader, JoinRequest, UploadBankRequest
 from feddymem.v1.operator_pb2 import STANDING_BANNED
-from services.aggregator import federation as module
+from services.aggregator import rounds as module
 from services.aggregator.federation import Federation
 from services.aggregator.merging import Merging
 from services.aggregator.releases import Releases
@@ -56,7 +56,7 @@ def opened(folder: Path) -> Iterator[Federation]:
     state, store = State(folder), ArrayStore(folder / "releases")
     publisher = Publisher(store, frozenset(), lambda _who, _federation: True)
     settings = FederationSettings(
-        quorum=2, sites=SITES, method=Method(bank_items=30, memory_items=100, rounds=1, item_type="float16")
+        quorum=2, method=Method(bank_items=30, memory_items=100, rounds=1, item_type="float16")
     )
     try:
         yield Federation("parts", settings, state, folder / "banks", store, publisher)
@@ -104,17 +104,15 @@ async def test_who_is_banned_or_removed_while_a_round_is_merged_does_not_count(
     with opened(tmp_path) as federation:
         for site in SITES:
             join(federation, site)
-        driven = asyncio.ensure_future(federation.run())
+        driven = asyncio.ensure_future(federation.rounds.run())
         for site in SITES:
             await upload(federation, site)
         await asyncio.to_thread(slow.merging.wait, 30)
         says(federation)
         slow.go_on()
         async with asyncio.timeout(30):
-            while federation.phase != PHASE_DONE:
-                if federation.phase == PHASE_OPEN and federation.members.counts("c"):  # removed: it is on the list
-                    federation.set_standing("c", STANDING_BANNED)
-                await federation.news.wait(0.1)
+            while federation.rounds.phase != PHASE_DONE:
+                await federation.rounds.news.wait()
             await driven
         assert slow.merged == [{"a", "b", "c"}, {"a", "b"}]
         release = federation.releases.find(1)
@@ -128,16 +126,16 @@ async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(
     monkeypatch.setattr(module, "WAITS_FOR_SECONDS", 0.5)
     with opened(tmp_path) as federation:
         join(federation, "a")
-        driven = asyncio.ensure_future(federation.run())
-        moved = asyncio.ensure_future(federation.news.wait(30))
+        driven = asyncio.ensure_future(federation.rounds.run())
+        moved = asyncio.ensure_future(federation.rounds.news.wait(30))
         await asyncio.sleep(0)
         join(federation, "b")  # the quorum: the round opens
-        assert federation.rounds().phase == PHASE_OPEN
+        assert federation.rounds.state().phase == PHASE_OPEN
         assert await moved
-        soon = asyncio.ensure_future(federation.news.wait(30))
+        soon = asyncio.ensure_future(federation.rounds.news.wait(30))
         await upload(federation, "a")
         assert not soon.done()
-        assert federation.rounds().waits_for == "1 more banks, for the quorum of 2"
+        assert federation.rounds.state().waits_for == "1 more banks, for the quorum of 2"
         assert await soon
         driven.cancel()
         await asyncio.gather(driven, return_exceptions=True)

@@ -1,0 +1,269 @@
+"""The rounds of one federation: when each one opens, what it waits for, and its release."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from feddymem.outliers import Outlier
+from feddymem.v1.federation_pb2 import (
+    PHASE_AGGREGATING,
+    PHASE_DONE,
+    PHASE_OPEN,
+    PHASE_WAITING,
+    GlobalMemory,
+    Phase,
+    WatchRoundsResponse,
+)
+from feddymem.v1.operator_pb2 import STANDING_BANNED
+from feddymem.v1.release_pb2 import Release
+from services.aggregator import metrics
+from services.aggregator.members import Members
+from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
+from services.aggregator.releases import DamagedReleaseError, Releases
+from services.aggregator.settings import FederationSettings
+from services.aggregator.state import OpenedRound, State
+from services.aggregator.uploads import Uploads
+from services.runtime.array_store import ArrayStore
+from services.runtime.changes import Changes
+from services.runtime.logs import get_logger
+
+WAITS_FOR_SECONDS = 2
+"""Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
+AGGREGATION_RETRY_SECONDS = 10
+"""Pause before a round that failed is tried again: whoever has made room on the disk sees soon that it was enough."""
+
+_log = get_logger()
+
+
+class Rounds:
+    """Drives the rounds of one federation.
+
+    Args:
+        name: name of the federation.
+        settings: what the operator has set.
+        state: of this and other federations.
+        members: sites of the federation.
+        uploads: its banks.
+        releases: its releases.
+        arrays: for the arrays of releases.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: FederationSettings,
+        state: State,
+        members: Members,
+        uploads: Uploads,
+        releases: Releases,
+        arrays: ArrayStore,
+    ) -> None:
+        self._name, self._settings, self._state = name, settings, state
+        self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
+        self._aggregating = self._base_damaged = False
+        self._changes, self.news = Changes(), Changes()
+        self._shown: WatchRoundsResponse | None = None
+        self._told: tuple[int, int] | None = None
+        self._telling: asyncio.TimerHandle | None = None
+        self.forget_banks()
+
+    @property
+    def phase(self) -> Phase.ValueType:
+        """Where the federation stands."""
+        if self._aggregating:
+            return PHASE_AGGREGATING
+        if self._releases.newest >= self._settings.method.rounds:
+            return PHASE_DONE
+        return PHASE_OPEN if len(self._members.joined) >= self._settings.quorum else PHASE_WAITING
+
+    @property
+    def number(self) -> int:
+        """Number of the current round, from 1; the last one when the federation is done."""
+        return min(self._releases.newest + 1, self._settings.method.rounds)
+
+    def state(self) -> WatchRoundsResponse:
+        """The state of the rounds, as sites are told it; `news` says when to look again."""
+        if self._shown is None:  # made once for all that watch
+            self._shown = self._make_state()
+        return self._shown
+
+    def changed(self, at_once: bool = False) -> None:
+        """Wakes who drives the rounds, and who watches them: at once where phase or round have moved, or it is about
+        who may take part; else together with what else comes within WAITS_FOR_SECONDS."""
+        self._shown = None
+        self._changes.notify()
+        now = self.phase, self.number
+        if at_once or now != self._told:
+            self._told = now
+            self._tell()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(WAITS_FOR_SECONDS, self._tell)
+
+    def release_activated(self) -> None:
+        """The operator has activated a release: a round whose base was damaged on the disk starts from that one."""
+        if self._base_damaged:
+            self._state.set_base(self._name, self.number, self._releases.active)
+        self.changed()
+
+    def forget_banks(self) -> None:
+        """Removes the arrays of banks that no round needs any more."""
+        needed = self._state.banks(self._name, self._releases.newest + 1)
+        self._uploads.keep_only(bank.header for bank in needed.values())
+
+    async def run(self) -> None:
+        """Drives round after round until the federation is done."""
+        while self.phase != PHASE_DONE:
+            try:
+                await self._drive_round()
+            except Exception as error:  # noqa: BLE001 - the other federations go on, and so does this one, later
+                metrics.AGGREGATIONS_FAILED.labels(self._name).inc()
+                _log.error("aggregation_failed", federation=self._name, round=self.number, exc_info=error)
+                await self._changes.wait(AGGREGATION_RETRY_SECONDS)
+        _log.info("federation_done", federation=self._name, release=self._releases.newest)
+
+    def _make_state(self) -> WatchRoundsResponse:
+        phase = self.phase
+        opened = self._state.opened_round(self._name, self.number)
+        during = opened if phase in (PHASE_OPEN, PHASE_AGGREGATING) else None
+        base = self._releases.find(self._releases.active if during is None else during.base)
+        return WatchRoundsResponse(
+            phase=phase,
+            round=self.number,
+            seconds_left=self._seconds_left() if phase == PHASE_OPEN else 0,
+            memory=None if base is None else GlobalMemory(version=base.version, arrays=base.arrays),
+            waits_for=self._waits_for(),
+        )
+
+    async def _drive_round(self) -> None:
+        """Opens a round, waits until it is complete and makes its release; or returns without one, to be called again,
+        where too few banks count then, or the operator has said something else meanwhile."""
+        while self.phase == PHASE_WAITING:
+            await self._changes.wait()
+        opened = self._open_round()
+        while (seconds := self._seconds_to_wait()) > 0:
+            await self._changes.wait(None if seconds == float("inf") else seconds)
+        with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
+            released = await self._release()
+        if released:
+            self.forget_banks()
+            metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
+            self.changed()
+
+    def _open_round(self) -> OpenedRound:
+        opened = self._state.opened_round(self._name, self.number)
+        if opened is None:
+            opened = self._state.open_round(self._name, self.number, self._releases.active)
+            _log.info("round_open", federation=self._name, round=self.number, base=opened.base)
+        metrics.ROUND.labels(self._name).set(self.number)
+        self.changed()
+        return opened
+
+    def _seconds_to_wait(self) -> float:
+        """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum."""
+        banks = self._quarantines()
+        if self._counted(banks) < self._settings.quorum:
+            return float("inf")
+        longest = max((s for site, s in self._members.waited_for().items() if site not in banks), default=0.0)
+        return min(longest, self._seconds_left())
+
+    def _quarantines(self) -> dict[str, str]:
+        """Why each bank of the open round does not count (empty if it does), of sites that may take part."""
+        reasons = self._state.quarantine(self._name, self.number)
+        return {site: reason for site, reason in reasons.items() if self._members.counts(site)}
+
+    def _counted(self, quarantines: Mapping[str, str]) -> int:
+        return sum(not reason or self._members.admitted(site) for site, reason in quarantines.items())
+
+    def _seconds_left(self) -> float:
+        opened = self._state.opened_round(self._name, self.number)
+        elapsed = 0.0 if opened is None else time.time() - opened.opened
+        return max(0.0, self._settings.round_deadline_seconds - elapsed)
+
+    def _waits_for(self) -> str:
+        """Says what the round waits for; without names, because sites are told it, too."""
+        quorum = self._settings.quorum
+        if self.phase == PHASE_WAITING:
+            return f"{quorum - len(self._members.joined)} more to join, for the quorum of {quorum}"
+        if self.phase != PHASE_OPEN:
+            return ""
+        banks = self._quarantines()
+        counted = self._counted(banks)
+        if counted < quorum:
+            held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
+            return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
+        return f"banks of {sum(site not in banks for site in self._members.waited_for())} more sites"
+
+    @contextmanager
+    def _merging(self) -> Iterator[None]:
+        """The federation aggregates inside the block. What cannot be read there is made good, as far as it can be."""
+        self._aggregating = True
+        self.changed()
+        try:
+            yield
+            self._base_damaged = False
+        except DamagedBankError as error:
+            self._state.remove_bank(self._name, self.number, error.header.site)
+            self._uploads.discard(error.header)
+            self._members.call_back(error.header.site)
+            raise
+        except DamagedReleaseError:
+            self._base_damaged = True
+            raise
+        finally:
+            self._aggregating = False
+            self.changed(at_once=True)
+
+    async def _release(self) -> bool:
+        """Makes the release of the round; whether there is one."""
+        inputs = self._inputs()
+        merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+        if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
+            return False
+        self._quarantine(merged.outliers)
+        if len(inputs.banks) - len(merged.outliers) < self._settings.quorum:
+            return False
+        draft = Release(
+            federation=self._name,
+            version=self.number,
+            feature_space=self._state.feature_space(self._name),
+            needs_generator=self._settings.method.generator,
+        )
+        release = await make_release(merged, inputs.banks, draft, self._arrays)
+        if self._inputs() != inputs:
+            return False
+        self._releases.add(release, inputs.origins)
+        metrics.BANKS_QUARANTINED.labels(self._name).inc(len(merged.outliers))
+        _log.info("released", federation=self._name, version=release.version, sites=release.provenance.sites)
+        return True
+
+    def _inputs(self) -> Merging:
+        opened = self._state.opened_round(self._name, self.number)
+        assert opened is not None, "a round is opened before it is merged"
+        accepted = self._state.banks(self._name, self.number)
+        banks = {site: bank.header for site, bank in accepted.items() if self._members.counts(site)}
+        known = self._state.origins(self._name)
+        origins = (*known, *sorted(banks.keys() - set(known)))
+        banned = frozenset(site for site in origins if self._members.standing(site) == STANDING_BANNED)
+        return Merging(
+            base=opened.base,
+            banks=banks,
+            origins=origins,
+            banned=banned_origins(origins, banned, self._settings.method),
+            trusted=frozenset(site for site in banks if self._members.admitted(site)),
+        )
+
+    def _quarantine(self, outliers: Iterable[Outlier]) -> None:
+        """Writes which banks of the round do not count; all were judged anew, with those that have come since."""
+        reasons = {outlier.site: outlier.reason for outlier in outliers}
+        self._state.set_quarantine(self._name, self.number, reasons)
+        for site, reason in reasons.items():
+            _log.warning("bank_quarantined", federation=self._name, site=site, round=self.number, reason=reason)
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self.news.notify()
