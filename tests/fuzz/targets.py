@@ -9,6 +9,7 @@ python -m tests.fuzz.targets FederationService/UploadBank -runs=100000
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 import tempfile
@@ -166,4 +167,10 @@ def main(name: str, flags: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except SystemExit as ended:  # as `Fuzz` ends
+        # libFuzzer would report a crash while the interpreter goes, with native libraries' threads still there.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
