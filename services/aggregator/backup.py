@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from services.aggregator.state import BANKS, DATABASE, RELEASES, State
 from services.runtime.array_store import ArrayStore
-from services.runtime.files import sync_folder
+from services.runtime.files import make_folder, sync_folder
 
 _ATTEMPTS = 10
 """Rounds that may end while one backup is made; each removes arrays that the database named before."""
@@ -39,15 +39,16 @@ def backup(state_dir: Path, target: Path) -> None:
         raise BackupError(f"{state_dir} is not the state folder of an aggregator: it has no {DATABASE}")
     if target.exists():
         raise BackupError(f"{target} is there already; name a new folder")
-    part = target.with_name(f"{target.name}.part")
+    make_folder(target.parent)
     for _ in range(_ATTEMPTS):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        missing = _copy(state_dir, part)
-        if missing is None:
-            part.rename(target)
-            sync_folder(target.parent)
-            return
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
+            copy = Path(part) / "state"
+            copy.mkdir()
+            missing = _copy(state_dir, copy)
+            if missing is None:
+                copy.rename(target)
+                sync_folder(target.parent)
+                return
     raise BackupError(f"{missing} is missing or damaged; the state is not whole")
 
 
