@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from cryptography import x509
@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from feddymem.client.tls import AUTHORITY, CERTIFICATE, KEY
 from services.cli.exit_codes import USAGE
+from services.cli.failures import fail
 from services.runtime.files import sync_folder, write_atomically
 from services.runtime.identity import Identity, Role, identity_from_uri
 
@@ -45,7 +46,7 @@ def authority(
     until = _expiry(days)
     for file in (AUTHORITY_KEY, AUTHORITY):
         if (folder / file).exists():
-            _fail(f"{folder / file} is there already; what it has issued would be worth nothing any more")
+            fail(f"{folder / file} is there already; what it has issued would be worth nothing any more", USAGE)
     key = ec.generate_private_key(ec.SECP256R1())
     # Whoever believes two authorities, as while one replaces the other, looks for the issuer by its name.
     title = f"FedDyMem authority for trials {secrets.token_hex(4)}"
@@ -83,7 +84,7 @@ def issue(
         authority_pem = (folder / AUTHORITY).read_bytes()
         authority_certificate = x509.load_pem_x509_certificate(authority_pem)
     except (OSError, ValueError) as error:
-        _fail(f"{error}; `feddymem certs authority {folder}` makes an authority")
+        fail(f"{error}; `feddymem certs authority {folder}` makes an authority", USAGE)
     assert isinstance(authority_key, ec.EllipticCurvePrivateKey), "as `authority` makes it"
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{role} {name}")])
@@ -112,7 +113,7 @@ def _expiry(days: float) -> datetime.datetime:
     try:
         expiry = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
     except (ValueError, OverflowError):
-        _fail(f"--days {days}: expected the number of days that the certificate holds")
+        fail(f"--days {days}: expected the number of days that the certificate holds", USAGE)
     return expiry
 
 
@@ -150,8 +151,9 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         if not re.fullmatch(_HOST_PATTERN, host):
-            _fail(
-                f"--host {host}: neither an IP address nor a host name in ASCII (write münchen.example as {_EXAMPLE})"
+            fail(
+                f"--host {host}: neither an IP address nor a host name in ASCII (write münchen.example as {_EXAMPLE})",
+                USAGE,
             )
         return x509.DNSName(host)
 
@@ -166,8 +168,3 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
-
-
-def _fail(text: str) -> NoReturn:
-    typer.echo(f"feddymem: {text}", err=True)
-    raise typer.Exit(USAGE)

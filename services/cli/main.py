@@ -18,6 +18,7 @@ import typer
 import feddymem
 from services.cli.certs import certs
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
+from services.cli.failures import fail
 from services.cli.operator import operator
 
 # OpenMP threads that wait shall sleep soon, not spin: torch's would hold the cores that OpenVINO's threads need, and
@@ -84,7 +85,7 @@ def backup(
     try:
         run(state_dir, target)
     except (BackupError, OSError, ValueError) as error:
-        _fail(str(error), FAILED)
+        fail(str(error), FAILED)
 
 
 @app.command()
@@ -139,7 +140,7 @@ def status(
     """Show federations, rounds, sites and releases of an aggregator."""
     from services.cli.status import status as run
 
-    raise typer.Exit(run(server, tls_dir, federation, as_json))
+    run(server, tls_dir, federation, as_json)
 
 
 @app.command()
@@ -199,16 +200,11 @@ def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:
     try:
         run(args)
     except (InvalidSettingsError, DatasetError, TlsError) as error:
-        _fail(str(error), USAGE)
+        fail(str(error), USAGE)
     except ParticipationError as error:
-        _fail(str(error), REFUSED)
+        fail(str(error), REFUSED)
     except (OSError, ValueError) as error:
-        _fail(str(error), FAILED)
-
-
-def _fail(text: str, code: int) -> None:
-    typer.echo(f"feddymem: {text}", err=True)
-    raise typer.Exit(code)
+        fail(str(error), FAILED)
 
 
 def main() -> None:

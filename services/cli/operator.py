@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
-import grpc
 import typer
 
-from feddymem.client.tls import TlsError, channel_to
+from feddymem.client.tls import channel_to
 from feddymem.v1.operator_pb2 import (
     STANDING_ADMITTED,
     STANDING_BANNED,
@@ -20,7 +19,8 @@ from feddymem.v1.operator_pb2 import (
     Standing,
 )
 from feddymem.v1.operator_pb2_grpc import OperatorServiceStub
-from services.cli.exit_codes import REFUSED, USAGE
+from services.cli.exit_codes import USAGE
+from services.cli.failures import asking, fail
 
 _TIMEOUT_SECONDS = 10
 """A person waits for the answer."""
@@ -48,7 +48,7 @@ def activate(
 ) -> None:
     """Activate a release, or roll back to an earlier one; it stays active until the next call."""
     if not (version == "newest" or (version.isdecimal() and 1 <= int(version) < 2**32)):
-        _fail(f"version {version!r} is neither a number from 1 on nor `newest`", USAGE)
+        fail(f"version {version!r} is neither a number from 1 on nor `newest`", USAGE)
     request = ActivateReleaseRequest(federation=federation, version=0 if version == "newest" else int(version))
     active = _call(server, tls_dir, lambda stub: stub.ActivateRelease(request, timeout=_TIMEOUT_SECONDS).version)
     typer.echo(f"release {active or 'none'} of {federation} is active")
@@ -89,15 +89,5 @@ def _set_standing(federation: str, site: str, standing: Standing.ValueType, serv
 
 
 def _call(server: str, tls_dir: Path | None, ask: Callable[[OperatorServiceStub], _Answer]) -> _Answer:
-    try:
-        with channel_to(server, [], tls_dir) as channel:
-            return ask(OperatorServiceStub(channel))
-    except TlsError as error:
-        _fail(str(error), USAGE)
-    except grpc.RpcError as error:
-        _fail(f"{server}: {error.code().name}: {error.details()}", REFUSED)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    typer.echo(f"feddymem: {text}", err=True)
-    raise typer.Exit(code)
+    with asking(server), channel_to(server, [], tls_dir) as channel:
+        return ask(OperatorServiceStub(channel))

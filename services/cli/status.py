@@ -4,41 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import grpc
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
 
-from feddymem.client.tls import TlsError, channel_to
+from feddymem.client.tls import channel_to
 from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase, SiteStatus
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
 from feddymem.v1.operator_pb2 import STANDING_JUDGED, Standing
-from services.cli.exit_codes import OK, REFUSED, USAGE
+from services.cli.failures import asking
 
 _TIMEOUT_SECONDS = 10
 """A person waits for the answer."""
 _ROUNDS_SHOWN = 5
 
 
-def status(server: str, tls_dir: Path | None, federation: str, as_json: bool) -> int:
-    """Prints the state of an aggregator's federations; the exit code."""
-    try:
+def status(server: str, tls_dir: Path | None, federation: str, as_json: bool) -> None:
+    """Prints the state of an aggregator's federations."""
+    with asking(server):
         response = get_status(server, federation, tls_dir)
-    except TlsError as error:
-        Console(stderr=True, soft_wrap=True).print(f"feddymem: {error}", markup=False)
-        return USAGE
-    except grpc.RpcError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"feddymem: {server}: {error.code().name}: {error.details()}", markup=False
-        )
-        return REFUSED
     if as_json:
         print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-        return OK
+        return
     console = Console()
     for state in response.federations:
         console.print(_table(state))
-    return OK
 
 
 def get_status(server: str, federation: str = "", tls_dir: Path | None = None) -> GetStatusResponse:
