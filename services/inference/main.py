@@ -47,7 +47,9 @@ async def _serve(settings: InferenceSettings) -> None:
     services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
     try:
-        async with listening(settings, Role.INFERENCE, services, settings.max_request_bytes) as readiness:
+        async with listening(
+            settings, Role.INFERENCE, services, settings.max_request_bytes, settings.max_open_streams
+        ) as readiness:
             await registry.load()
             publishers = {settings.aggregator: Role.AGGREGATOR, **dict.fromkeys(settings.edge_clients, Role.SITE)}
             await run_until_stopped(

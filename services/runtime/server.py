@@ -94,6 +94,7 @@ async def listening(
     own: Identity | Role,
     services: Sequence[Service],
     max_request_bytes: int = MAX_MESSAGE_BYTES,
+    max_open_streams: int | None = None,
 ) -> AsyncIterator[Readiness]:
     """Serves until the block is left, then drains: not ready, requests in flight finished, closed.
 
@@ -104,6 +105,7 @@ async def listening(
         own: whose certificate it must have, where there is TLS.
         services: what it serves beside health and reflection.
         max_request_bytes: largest request accepted.
+        max_open_streams: of requests, that one caller may have open; None for as many as other RPCs.
 
     Raises:
         OSError: an address cannot be bound.
@@ -116,7 +118,10 @@ async def listening(
     admissions = {
         f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()
     }
-    boundary = RpcBoundary(access, admissions, settings.max_rpcs_per_second, settings.max_open_rpcs)
+    max_open_rpcs = settings.max_open_rpcs
+    boundary = RpcBoundary(
+        access, admissions, settings.max_rpcs_per_second, max_open_rpcs, max_open_streams or max_open_rpcs
+    )
     server = aio.server(
         interceptors=[boundary],
         options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],
