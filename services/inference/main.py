@@ -12,10 +12,10 @@ from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
 from services.runtime.files import owned
+from services.runtime.following import follow
 from services.runtime.hardware import configure_hardware
 from services.runtime.identity import Role
 from services.runtime.logs import configure_logs
-from services.runtime.publisher import follow
 from services.runtime.server import Readiness, listening, run_until_stopped
 from services.runtime.settings import load_settings
 
