@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter as Tally
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from grpc import aio
 from prometheus_client import Counter, Histogram
 from structlog.contextvars import bound_contextvars
 
+from services.runtime.audit import audited
 from services.runtime.changes import Changes
 from services.runtime.checksums import with_checksum
 from services.runtime.errors import Refusal, as_refusal, is_disk_full
@@ -66,6 +67,7 @@ class RpcBoundary(aio.ServerInterceptor):
     Args:
         access: who may call, by full name of a method; a method that is not there, nobody.
         admissions: of unary methods by full name; these may be called as often as they admit.
+        audited: actions by full name of a method; that somebody may not call it is in the audit log.
         rpcs_per_second: of all other methods together, by one identity or, without TLS, from one address.
         open_rpcs: likewise, at once.
         open_streams: of methods that take a stream of requests, likewise.
@@ -75,11 +77,12 @@ class RpcBoundary(aio.ServerInterceptor):
         self,
         access: Mapping[str, Access],
         admissions: Mapping[str, Admission],
+        audited: Mapping[str, str],
         rpcs_per_second: float,
         open_rpcs: int,
         open_streams: int,
     ) -> None:
-        self._access, self._admissions = access, admissions
+        self._access, self._admissions, self._audited = access, admissions, audited
         self._rpcs_per_second = rpcs_per_second
         self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
         self._open = _Open(open_rpcs, "open", "RPCs", "max_open_rpcs")
@@ -174,21 +177,27 @@ class RpcBoundary(aio.ServerInterceptor):
     def _admitted(self, method: str, context: _Context) -> Iterator[str]:
         """An RPC that is not refused before any of it is received; the name of who calls."""
         who = caller(context)
-        allowed = self._access.get(method, Access())
-        if who is not None and who.role not in allowed:
-            roles = " or ".join(sorted(allowed)) or "nobody"
-            raise denied(f"the certificate is that of {who}; {method} is for {roles}")
-        name = _name(who, context)
-        if admit := self._admissions.get(method):
-            admit(context)
-            yield name
-            return
-        if not self._begun.take(name):
+        name, admit = _name(who, context), self._admissions.get(method)
+        if admit is None and not self._begun.take(name):  # before all that writes to the audit log
             raise _over_limit(
                 method, "rate", f"more than {self._rpcs_per_second:g} RPCs a second", "max_rpcs_per_second"
             )
+        self._require_role(method, who, context)
+        if admit:
+            admit(context)
+            yield name
+            return
         with self._open.one_more(name, method):
             yield name
+
+    def _require_role(self, method: str, who: Identity | None, context: _Context) -> None:
+        allowed = self._access.get(method, Access())
+        if who is None or who.role in allowed:
+            return
+        roles = " or ".join(sorted(allowed)) or "nobody"
+        action = self._audited.get(method)
+        with audited(context, action, federation="") if action else nullcontext():  # the request has not been read
+            raise denied(f"the certificate is that of {who}; {method} is for {roles}")
 
     @asynccontextmanager
     async def _requests(self, method: str, name: str, context: _Context, handler: Any) -> AsyncIterator[Any]:

@@ -48,6 +48,8 @@ class Service:
         access: who may call, by name of a method.
         pool: has its descriptors.
         admissions: of unary methods by name, what may refuse a request before it is received.
+        audited: of methods that change state by name, the action that the audit log has where who calls may not, by
+            role; the other lines are written where it is done.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Service:
     access: Mapping[str, Access]
     pool: DescriptorPool = field(default_factory=descriptor_pool.Default)
     admissions: Mapping[str, Admission] = field(default_factory=dict)
+    audited: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -118,9 +121,10 @@ async def listening(
     admissions = {
         f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()
     }
-    max_open_rpcs = settings.max_open_rpcs
+    audited = {f"/{service.name}/{name}": action for service in services for name, action in service.audited.items()}
+    max_rpcs_per_second, max_open_rpcs = settings.max_rpcs_per_second, settings.max_open_rpcs
     boundary = RpcBoundary(
-        access, admissions, settings.max_rpcs_per_second, max_open_rpcs, max_open_streams or max_open_rpcs
+        access, admissions, audited, max_rpcs_per_second, max_open_rpcs, max_open_streams or max_open_rpcs
     )
     server = aio.server(
         interceptors=[boundary],

@@ -89,6 +89,7 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
             INSPECTION[1:],
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
             access=dict.fromkeys(("Inspect", "InspectStream"), frozenset({Role.LINE})),
+            audited={"Inspect": "inspect"},
             admissions={"Inspect": lambda context: self.begun.put_nowait(context.peer())},
         )
 
@@ -263,6 +264,38 @@ async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not
             code, _details, _id = await outcome(channel, method, b"")
             assert code is grpc.StatusCode.NOT_FOUND
     assert RPCS_OVER_LIMIT.labels(method, "rate")._value.get() > before
+
+
+async def test_who_may_not_change_anything_is_in_the_audit_log(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    hub, site = authority.issue(Role.INFERENCE, "berlin"), authority.issue(Role.SITE, "berlin")
+    async with served(tmp_path, hub) as address, async_channel_to(address, [], site) as channel:
+        with capture_logs() as lines:
+            for method in ("InspectStream", "Inspect"):
+                code, details, _id = await outcome(channel, f"{INSPECTION}/{method}", GARBAGE)
+                assert code is grpc.StatusCode.PERMISSION_DENIED
+                assert details == f"the certificate is that of site 'berlin'; {INSPECTION}/{method} is for line"
+    assert [line for line in lines if line["event"] == "audit"] == [
+        {
+            "event": "audit",
+            "log_level": "info",
+            "who": "feddymem://site/berlin",
+            "action": "inspect",
+            "federation": "",
+            "site": "",
+            "result": "PERMISSION_DENIED",
+        }
+    ]
+
+
+async def test_who_may_not_call_is_not_told_so_too_often(tmp_path: Path) -> None:
+    """Each time may be a line of the audit log."""
+    authority = Authority(tmp_path / "authority")
+    hub, site = authority.issue(Role.INFERENCE, "berlin"), authority.issue(Role.SITE, "berlin")
+    async with served(tmp_path, hub, rate=0.5) as address, async_channel_to(address, [], site) as channel:
+        codes = [(await outcome(channel, f"{RELEASES}/DownloadArray", b""))[0] for _ in range(8)]
+    assert codes[0] is grpc.StatusCode.PERMISSION_DENIED
+    assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_who_has_many_streams_open_gets_no_more_until_one_ends(tmp_path: Path) -> None:
