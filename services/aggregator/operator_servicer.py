@@ -23,6 +23,8 @@ from services.runtime.identity import Role
 from services.runtime.server import Service
 
 _Context = aio.ServicerContext[Any, Any]
+_ACTIONS = {"ActivateRelease": "activate_release", "SetStanding": "set_standing", "RemoveSite": "remove_site"}
+"""Of each method, for the audit log."""
 
 
 class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
@@ -37,7 +39,8 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         return Service(
             "feddymem.v1.OperatorService",
             lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(self, server),
-            access=dict.fromkeys(("ActivateRelease", "SetStanding", "RemoveSite"), frozenset({Role.OPERATOR})),
+            access=dict.fromkeys(_ACTIONS, frozenset({Role.OPERATOR})),
+            audited=_ACTIONS,
         )
 
     async def ActivateRelease(self, request: ActivateReleaseRequest, context: _Context) -> ActivateReleaseResponse:

@@ -46,6 +46,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                 **dict.fromkeys(("Join", "WatchRounds", "UploadBank"), frozenset({Role.SITE})),
                 "GetStatus": frozenset({Role.SITE, Role.OPERATOR}),
             },
+            audited={"Join": "join", "UploadBank": "upload_bank"},
         )
 
     async def Join(self, request: JoinRequest, context: aio.ServicerContext[Any, Any]) -> JoinResponse:

@@ -17,7 +17,7 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
 from services.runtime.errors import Refusal, invalid
 
-_RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS)
+_RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.DEADLINE_EXCEEDED)
 """Ends of an upload after which what has arrived is kept, because the caller goes on."""
 
 

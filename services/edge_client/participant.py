@@ -3,7 +3,6 @@ generator."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -50,6 +49,7 @@ from services.runtime.messages import (
 )
 from services.runtime.publisher import Publisher, download
 from services.runtime.server_identity import UnreachableError
+from services.runtime.watching import watched
 
 _log = get_logger()
 
@@ -171,27 +171,16 @@ class Participant:
         return False
 
     async def _events(self, aggregator: _Aggregator) -> AsyncGenerator[WatchRoundsResponse | None, None]:
-        """The states of the rounds; None each time that there was none for `scan_seconds`.
-
-        The watch is begun anew then: one whose messages got lost would wait for ever.
-        """
+        """The states of the rounds, each once; None each time that nothing was said for `scan_seconds`."""
         last: tuple[int, int, str] | None = None
-        while True:
-            call = aggregator.rounds.WatchRounds(WatchRoundsRequest(**self._identity))
-            try:
-                while True:
-                    async with asyncio.timeout(self._settings.scan_seconds):
-                        event = await call.read()
-                    if not isinstance(event, WatchRoundsResponse):  # end of stream
-                        return
-                    state = event.phase, event.round, event.waits_for
-                    if last != state:
-                        last = state
-                        yield event
-            except TimeoutError:
-                yield None
-            finally:
-                call.cancel()
+        request = WatchRoundsRequest(**self._identity)
+        events = watched(aggregator.rounds.WatchRounds, request, self._settings.scan_seconds)
+        async with aclosing(events):
+            async for event in events:
+                state = None if event is None else (event.phase, event.round, event.waits_for)
+                if state is None or state != last:
+                    last = state or last
+                    yield event
 
     def _tell_waiting(self, event: WatchRoundsResponse) -> None:
         """Says what a round waits for, when that has changed."""

@@ -12,10 +12,10 @@ from services.inference.registry import Registry
 from services.inference.servicer import InspectionServicer
 from services.inference.settings import InferenceSettings
 from services.runtime.files import owned
+from services.runtime.following import follow
 from services.runtime.hardware import configure_hardware
 from services.runtime.identity import Role
 from services.runtime.logs import configure_logs
-from services.runtime.publisher import follow
 from services.runtime.server import Readiness, listening, run_until_stopped
 from services.runtime.settings import load_settings
 
@@ -47,7 +47,9 @@ async def _serve(settings: InferenceSettings) -> None:
     services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
     try:
-        async with listening(settings, Role.INFERENCE, services, settings.max_request_bytes) as readiness:
+        async with listening(
+            settings, Role.INFERENCE, services, settings.max_request_bytes, settings.max_open_streams
+        ) as readiness:
             await registry.load()
             publishers = {settings.aggregator: Role.AGGREGATOR, **dict.fromkeys(settings.edge_clients, Role.SITE)}
             await run_until_stopped(

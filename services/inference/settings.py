@@ -48,6 +48,12 @@ class InferenceSettings(ClientSettings):
     max_request_bytes: int = Field(
         default=64 * 2**20, ge=1024, le=2**31 - 1, description="largest request accepted, in bytes"
     )
+    max_open_streams: int = Field(
+        default=8,
+        ge=1,
+        description="streams of requests that one identity or, without TLS, one address may have open; each holds "
+        "several",
+    )
 
     @property
     def batch(self) -> int:

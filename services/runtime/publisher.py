@@ -1,4 +1,4 @@
-"""Publish and watch: serving releases, and following somebody else's.
+"""Publish and watch: serving releases, and downloading somebody else's, see `services.runtime.following`.
 
 A push to a Kubernetes Service reaches one replica only; so releases are published on a stream that every
 inference pod watches. Aggregator and edge client publish in the same way.
@@ -7,13 +7,12 @@ inference pod watches. Aggregator and edge client publish in the same way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
 from grpc import aio
 
-from feddymem.client.tls import TlsError
 from feddymem.v1 import release_pb2_grpc
 from feddymem.v1.array_pb2 import Array
 from feddymem.v1.release_pb2 import (
@@ -25,20 +24,14 @@ from feddymem.v1.release_pb2 import (
 )
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
-from services.runtime.backoff import Backoff
 from services.runtime.changes import Changes
-from services.runtime.channels import connected
-from services.runtime.errors import Refusal, as_refusal, not_found
+from services.runtime.errors import Refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
-from services.runtime.logs import get_logger
 from services.runtime.server import Service
-from services.runtime.server_identity import UnreachableError
 from services.runtime.settings import ClientSettings
 
 MAX_ARRAY_BYTES = 2**30
 """Largest array that a receiver of releases accepts."""
-
-_log = get_logger()
 
 
 class Publisher(release_pb2_grpc.ReleaseServiceServicer):
@@ -117,40 +110,6 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
 
     def _readable(self, who: Identity | None, federation: str) -> bool:
         return who is None or self._may_read(who, federation)
-
-
-async def follow(
-    address: str,
-    federations: tuple[str, ...],
-    arrays: ArrayStore,
-    settings: ClientSettings,
-    role: Role,
-    receive: Callable[[Release], Awaitable[None]],
-) -> None:
-    """Watches a publisher for ever: downloads the arrays of each release that comes, then hands it over.
-
-    Goes on where it was when the publisher or the line is gone for a while. With TLS the publisher must have the role,
-    and a site be the own one.
-    """
-    backoff = Backoff(settings)
-    while True:
-        try:
-            async with connected(address, settings, role) as channel:
-                stub = release_pb2_grpc.ReleaseServiceStub(channel)
-                async for response in stub.WatchReleases(WatchReleasesRequest(federations=federations)):
-                    await download(stub, response.release.arrays, arrays, settings)
-                    await receive(response.release)
-        except aio.AioRpcError as error:
-            _log.warning("watch_interrupted", publisher=address, code=error.code().name, details=error.details())
-        except (UnreachableError, TlsError) as error:
-            _log.warning("publisher_unreachable", publisher=address, reason=str(error))
-        except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever a release brings
-            refusal = as_refusal(error)
-            if refusal is None:
-                _log.error("release_failed", publisher=address, exc_info=error)
-            else:
-                _log.error("release_refused", publisher=address, reason=refusal.text)
-        await backoff.pause()
 
 
 async def download(

@@ -10,21 +10,22 @@ import time
 import uuid
 from collections import Counter as Tally
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc import aio
 from prometheus_client import Counter, Histogram
 from structlog.contextvars import bound_contextvars
 
+from services.runtime.audit import audited
 from services.runtime.changes import Changes
-from services.runtime.checksums import with_checksum, without_checksum
-from services.runtime.errors import Refusal, as_refusal, invalid, is_disk_full
+from services.runtime.checksums import with_checksum
+from services.runtime.errors import Refusal, as_refusal, is_disk_full
 from services.runtime.identity import Identity, Role, caller, denied, expired, seconds_until_expiry
 from services.runtime.logs import get_logger
 from services.runtime.rate import Rate
+from services.runtime.receiving import SingleRequests, requests_of
 
 RPCS = Counter("feddymem_rpc_handled_total", "RPCs handled, by method and gRPC status code.", ["method", "code"])
 RPC_SECONDS = Histogram(
@@ -35,7 +36,7 @@ RPC_SECONDS = Histogram(
 )
 RPCS_OVER_LIMIT = Counter(
     "feddymem_rpcs_over_limit_total",
-    "RPCs refused because who called has begun (limit rate) or holds open (limit open) too many.",
+    "RPCs refused because who called has begun (limit rate) or holds open (limits open and streams) too many.",
     ["method", "limit"],
 )
 
@@ -66,17 +67,27 @@ class RpcBoundary(aio.ServerInterceptor):
     Args:
         access: who may call, by full name of a method; a method that is not there, nobody.
         admissions: of unary methods by full name; these may be called as often as they admit.
+        audited: actions by full name of a method; that somebody may not call it is in the audit log.
         rpcs_per_second: of all other methods together, by one identity or, without TLS, from one address.
         open_rpcs: likewise, at once.
+        open_streams: of methods that take a stream of requests, likewise.
     """
 
     def __init__(
-        self, access: Mapping[str, Access], admissions: Mapping[str, Admission], rpcs_per_second: float, open_rpcs: int
+        self,
+        access: Mapping[str, Access],
+        admissions: Mapping[str, Admission],
+        audited: Mapping[str, str],
+        rpcs_per_second: float,
+        open_rpcs: int,
+        open_streams: int,
     ) -> None:
-        self._access, self._admissions = access, admissions
-        self._rpcs_per_second, self._open_rpcs = rpcs_per_second, open_rpcs
+        self._access, self._admissions, self._audited = access, admissions, audited
+        self._rpcs_per_second = rpcs_per_second
         self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
-        self._open: Tally[str] = Tally()
+        self._open = _Open(open_rpcs, "open", "RPCs", "max_open_rpcs")
+        self._open_streams = _Open(open_streams, "streams", "streams of requests", "max_open_streams")
+        self._single_requests = SingleRequests()
         self._left_out: Tally[str] = Tally()
         self._busy: set[object] = set()
         self._changes = Changes()
@@ -114,9 +125,8 @@ class RpcBoundary(aio.ServerInterceptor):
         handle = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def handled(_requests: Any, context: _Context) -> Any:
-            async with self._call(method, context):
-                requests = await _requests_of(context, handler)  # who sends slowly must not hold up a shutdown
-                with self._in_work(method):
+            async with self._call(method, context) as name, self._requests(method, name, context, handler) as requests:
+                with self._in_work(method):  # not before: who sends slowly must not hold up a shutdown
                     return await handle(requests, context)
 
         return handled
@@ -125,8 +135,7 @@ class RpcBoundary(aio.ServerInterceptor):
         handle = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def handled(_requests: Any, context: _Context) -> None:
-            async with self._call(method, context):
-                requests = await _requests_of(context, handler)
+            async with self._call(method, context) as name, self._requests(method, name, context, handler) as requests:
                 with self._in_work(method):
                     responses = handle(requests, context)
                     if not isinstance(responses, AsyncGenerator):  # health writes by itself
@@ -139,17 +148,17 @@ class RpcBoundary(aio.ServerInterceptor):
         return handled
 
     @asynccontextmanager
-    async def _call(self, method: str, context: _Context) -> AsyncIterator[None]:
-        """One RPC, from its start to its end."""
+    async def _call(self, method: str, context: _Context) -> AsyncIterator[str]:
+        """One RPC, from its start to its end; the name of who calls."""
         started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         request_id = uuid.uuid4().hex
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         try:
             with bound_contextvars(request_id=request_id, method=method):
                 try:
-                    with self._admitted(method, context):
+                    with self._admitted(method, context) as name:
                         async with _while_valid(context):
-                            yield
+                            yield name
                     code = grpc.StatusCode.OK
                 except aio.AbortError:  # health does so
                     code = _status(context.code())
@@ -165,31 +174,39 @@ class RpcBoundary(aio.ServerInterceptor):
             RPC_SECONDS.labels(method).observe(time.perf_counter() - started)
 
     @contextmanager
-    def _admitted(self, method: str, context: _Context) -> Iterator[None]:
-        """An RPC that is not refused before any of it is received."""
+    def _admitted(self, method: str, context: _Context) -> Iterator[str]:
+        """An RPC that is not refused before any of it is received; the name of who calls."""
         who = caller(context)
-        allowed = self._access.get(method, Access())
-        if who is not None and who.role not in allowed:
-            roles = " or ".join(sorted(allowed)) or "nobody"
-            raise denied(f"the certificate is that of {who}; {method} is for {roles}")
-        if admit := self._admissions.get(method):
-            admit(context)
-            yield
-            return
-        name = _name(who, context)
-        if not self._begun.take(name):
+        name, admit = _name(who, context), self._admissions.get(method)
+        if admit is None and not self._begun.take(name):  # before all that writes to the audit log
             raise _over_limit(
                 method, "rate", f"more than {self._rpcs_per_second:g} RPCs a second", "max_rpcs_per_second"
             )
-        if self._open[name] >= self._open_rpcs:
-            raise _over_limit(method, "open", f"more than {self._open_rpcs} RPCs at once", "max_open_rpcs")
-        self._open[name] += 1
-        try:
-            yield
-        finally:
-            self._open[name] -= 1
-            if not self._open[name]:
-                del self._open[name]
+        self._require_role(method, who, context)
+        if admit:
+            admit(context)
+            yield name
+            return
+        with self._open.one_more(name, method):
+            yield name
+
+    def _require_role(self, method: str, who: Identity | None, context: _Context) -> None:
+        allowed = self._access.get(method, Access())
+        if who is None or who.role in allowed:
+            return
+        roles = " or ".join(sorted(allowed)) or "nobody"
+        action = self._audited.get(method)
+        with audited(context, action, federation="") if action else nullcontext():  # the request has not been read
+            raise denied(f"the certificate is that of {who}; {method} is for {roles}")
+
+    @asynccontextmanager
+    async def _requests(self, method: str, name: str, context: _Context, handler: Any) -> AsyncIterator[Any]:
+        """What a handler takes: its one request, or an iterator over them."""
+        if not handler.request_streaming:
+            yield await self._single_requests.read(name, context, handler.request_deserializer)
+            return
+        with self._open_streams.one_more(name, method):
+            yield requests_of(context, handler.request_deserializer)
 
     def _refusal(self, method: str, context: _Context, error: Exception, request_id: str) -> Refusal:
         """What an error is answered with; logged once."""
@@ -222,6 +239,34 @@ class RpcBoundary(aio.ServerInterceptor):
             self._changes.notify()
 
 
+class _Open:
+    """What each caller has open, at most so many at once.
+
+    Args:
+        most: how many.
+        limit: its name among the metrics.
+        what: is open, in words.
+        setting: that says how many.
+    """
+
+    def __init__(self, most: int, limit: str, what: str, setting: str) -> None:
+        self._most, self._limit, self._what, self._setting = most, limit, what, setting
+        self._open: Tally[str] = Tally()
+
+    @contextmanager
+    def one_more(self, name: str, method: str) -> Iterator[None]:
+        """Counts one of a caller inside the block, or refuses it."""
+        if self._open[name] >= self._most:
+            raise _over_limit(method, self._limit, f"more than {self._most} {self._what} at once", self._setting)
+        self._open[name] += 1
+        try:
+            yield
+        finally:
+            self._open[name] -= 1
+            if not self._open[name]:
+                del self._open[name]
+
+
 def _over_limit(method: str, limit: str, what: str, setting: str) -> Refusal:
     RPCS_OVER_LIMIT.labels(method, limit).inc()
     return Refusal(
@@ -237,31 +282,6 @@ def _serializer(method: str, handler: Any) -> Any:
         if method.startswith(_BETWEEN_SERVICES)
         else handler.response_serializer
     )
-
-
-async def _requests_of(context: _Context, handler: Any) -> Any:
-    """What a handler takes: its one request, or an iterator over them."""
-    if handler.request_streaming:
-        return _messages(context, handler.request_deserializer)
-    raw = await context.read()
-    if raw is aio.EOF:
-        raise invalid("the call ended without a request; send one")
-    return _message(raw, handler.request_deserializer)
-
-
-async def _messages(context: _Context, deserializer: Any) -> AsyncIterator[Any]:
-    while (raw := await context.read()) is not aio.EOF:
-        yield _message(raw, deserializer)
-
-
-def _message(raw: bytes, deserializer: Any) -> Any:
-    if deserializer is None:
-        return raw
-    try:
-        return deserializer(without_checksum(raw))
-    except DecodeError as error:
-        name = deserializer.__self__.DESCRIPTOR.full_name
-        raise invalid(f"the request is not a valid {name} message: {error}") from error
 
 
 @asynccontextmanager

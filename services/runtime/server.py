@@ -48,6 +48,8 @@ class Service:
         access: who may call, by name of a method.
         pool: has its descriptors.
         admissions: of unary methods by name, what may refuse a request before it is received.
+        audited: of methods that change state by name, the action that the audit log has where who calls may not, by
+            role; the other lines are written where it is done.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Service:
     access: Mapping[str, Access]
     pool: DescriptorPool = field(default_factory=descriptor_pool.Default)
     admissions: Mapping[str, Admission] = field(default_factory=dict)
+    audited: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -94,6 +97,7 @@ async def listening(
     own: Identity | Role,
     services: Sequence[Service],
     max_request_bytes: int = MAX_MESSAGE_BYTES,
+    max_open_streams: int | None = None,
 ) -> AsyncIterator[Readiness]:
     """Serves until the block is left, then drains: not ready, requests in flight finished, closed.
 
@@ -104,6 +108,7 @@ async def listening(
         own: whose certificate it must have, where there is TLS.
         services: what it serves beside health and reflection.
         max_request_bytes: largest request accepted.
+        max_open_streams: of requests, that one caller may have open; None for as many as other RPCs.
 
     Raises:
         OSError: an address cannot be bound.
@@ -116,7 +121,11 @@ async def listening(
     admissions = {
         f"/{service.name}/{name}": admit for service in services for name, admit in service.admissions.items()
     }
-    boundary = RpcBoundary(access, admissions, settings.max_rpcs_per_second, settings.max_open_rpcs)
+    audited = {f"/{service.name}/{name}": action for service in services for name, action in service.audited.items()}
+    max_rpcs_per_second, max_open_rpcs = settings.max_rpcs_per_second, settings.max_open_rpcs
+    boundary = RpcBoundary(
+        access, admissions, audited, max_rpcs_per_second, max_open_rpcs, max_open_streams or max_open_rpcs
+    )
     server = aio.server(
         interceptors=[boundary],
         options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)],

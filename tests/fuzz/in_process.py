@@ -144,7 +144,7 @@ class InProcess:
         self._handlers = _Served(services).handlers
         assert self._handlers.keys() <= self.calls.keys(), self._handlers.keys() - self.calls.keys()
         access = {path: frozenset[Any]() for path in self._handlers}
-        self._boundary = RpcBoundary(access, {}, rpcs_per_second=1e9, open_rpcs=10**9)
+        self._boundary = RpcBoundary(access, {}, {}, rpcs_per_second=1e9, open_rpcs=10**9, open_streams=10**9)
 
     @property
     def paths(self) -> list[str]:

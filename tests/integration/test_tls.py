@@ -212,6 +212,19 @@ def test_a_site_cannot_speak_for_another(secure: Secure) -> None:
     ]
 
 
+def test_who_may_not_change_anything_is_in_the_audit_log(secure: Secure) -> None:
+    with channel_to(secure.processes["aggregator"].grpc, [], secure.identity(Role.LINE, "curious")) as channel:
+        for method in (method for service in SERVED["aggregator"] for method in service.methods):
+            assert (
+                status_of(channel, f"/{method.containing_service.full_name}/{method.name}")[0]
+                is grpc.StatusCode.PERMISSION_DENIED
+            )
+    audit = [line for line in secure.log("aggregator") if line["event"] == "audit"]
+    tried = [(line["action"], line["result"]) for line in audit if line["who"] == "feddymem://line/curious"]
+    actions = ("join", "upload_bank", "activate_release", "set_standing", "remove_site")
+    assert tried == [(action, "PERMISSION_DENIED") for action in actions]
+
+
 def test_every_change_of_state_is_in_the_audit_log(secure: Secure) -> None:
     audit = [line for line in secure.log("aggregator") if line["event"] == "audit" and line["result"] == "OK"]
     for site in (HERE, THERE):

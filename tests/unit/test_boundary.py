@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,12 +23,14 @@ from feddymem.client.tls import async_channel_to
 from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamRequest, InspectStreamResponse
 from feddymem.v1.release_pb2 import DownloadArrayRequest, WatchReleasesRequest
+from services.runtime import receiving
 from services.runtime.array_store import ArrayStore
 from services.runtime.audit import audited
 from services.runtime.errors import invalid
 from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 from services.runtime.rate import BURST_SECONDS, Rate
+from services.runtime.receiving import RECEIVED_AT_ONCE
 from services.runtime.rpc import MAX_TEXT_BYTES, REQUEST_ID, RPCS, RPCS_OVER_LIMIT
 from services.runtime.server import Service, listening
 from services.runtime.settings import ServiceSettings
@@ -34,6 +38,7 @@ from tests.certificates import Authority
 
 SECONDS = 30
 GARBAGE = b"\xff\xff"
+MAX_REQUEST_BYTES = 2**24
 RELEASES, INSPECTION = "/feddymem.v1.ReleaseService", "/feddymem.v1.InspectionService"
 HEALTH, REFLECTION = "/grpc.health.v1.Health", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 METHODS = {
@@ -50,7 +55,14 @@ FAULT = RuntimeError("secret of /var/lib")
 
 
 class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
-    """Refuses, in the words of `site`, what has a site; fails where the federation is named `fault`."""
+    """Refuses, in the words of `site`, what has a site; fails where the federation is named `fault`.
+
+    Attributes:
+        begun: calls of Inspect of which nothing has been read.
+    """
+
+    def __init__(self) -> None:
+        self.begun: asyncio.Queue[str] = asyncio.Queue()
 
     async def Inspect(  # noqa: N802
         self, request: InspectRequest, context: Any
@@ -77,15 +89,22 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
             INSPECTION[1:],
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
             access=dict.fromkeys(("Inspect", "InspectStream"), frozenset({Role.LINE})),
-            admissions={"Inspect": lambda _context: None},
+            audited={"Inspect": "inspect"},
+            admissions={"Inspect": lambda context: self.begun.put_nowait(context.peer())},
         )
 
 
 @asynccontextmanager
 async def served(
-    folder: Path, tls_dir: Path | None = None, rate: float = 1000, open_rpcs: int = 100
+    folder: Path,
+    tls_dir: Path | None = None,
+    rate: float = 1000,
+    open_rpcs: int = 100,
+    open_streams: int | None = None,
+    inspections: Inspections | None = None,
 ) -> AsyncIterator[str]:
     """The address of a server of releases, of which there are none, and of `Inspections`."""
+    services = [(inspections or Inspections()).service]
     settings = ServiceSettings(
         listen="127.0.0.1:0",
         metrics_listen="127.0.0.1:0",
@@ -97,8 +116,9 @@ async def served(
         max_open_rpcs=open_rpcs,
     )
     publisher = Publisher(ArrayStore(folder / "arrays"), frozenset({Role.LINE}), lambda _who, _federation: True)
+    services.append(publisher.service)
     with capture_logs() as lines:
-        async with listening(settings, Role.INFERENCE, [publisher.service, Inspections().service]):
+        async with listening(settings, Role.INFERENCE, services, MAX_REQUEST_BYTES, open_streams):
             address = next(line["grpc"] for line in lines if line["event"] == "listening")
             yield address
 
@@ -246,6 +266,38 @@ async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not
     assert RPCS_OVER_LIMIT.labels(method, "rate")._value.get() > before
 
 
+async def test_who_may_not_change_anything_is_in_the_audit_log(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    hub, site = authority.issue(Role.INFERENCE, "berlin"), authority.issue(Role.SITE, "berlin")
+    async with served(tmp_path, hub) as address, async_channel_to(address, [], site) as channel:
+        with capture_logs() as lines:
+            for method in ("InspectStream", "Inspect"):
+                code, details, _id = await outcome(channel, f"{INSPECTION}/{method}", GARBAGE)
+                assert code is grpc.StatusCode.PERMISSION_DENIED
+                assert details == f"the certificate is that of site 'berlin'; {INSPECTION}/{method} is for line"
+    assert [line for line in lines if line["event"] == "audit"] == [
+        {
+            "event": "audit",
+            "log_level": "info",
+            "who": "feddymem://site/berlin",
+            "action": "inspect",
+            "federation": "",
+            "site": "",
+            "result": "PERMISSION_DENIED",
+        }
+    ]
+
+
+async def test_who_may_not_call_is_not_told_so_too_often(tmp_path: Path) -> None:
+    """Each time may be a line of the audit log."""
+    authority = Authority(tmp_path / "authority")
+    hub, site = authority.issue(Role.INFERENCE, "berlin"), authority.issue(Role.SITE, "berlin")
+    async with served(tmp_path, hub, rate=0.5) as address, async_channel_to(address, [], site) as channel:
+        codes = [(await outcome(channel, f"{RELEASES}/DownloadArray", b""))[0] for _ in range(8)]
+    assert codes[0] is grpc.StatusCode.PERMISSION_DENIED
+    assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 async def test_who_has_many_streams_open_gets_no_more_until_one_ends(tmp_path: Path) -> None:
     async with served(tmp_path, open_rpcs=2) as address:  # noqa: SIM117 - the address is needed
         async with aio.insecure_channel(address) as channel, aio.insecure_channel(address) as other:
@@ -259,6 +311,102 @@ async def test_who_has_many_streams_open_gets_no_more_until_one_ends(tmp_path: P
             watching[0].cancel()
             while (await outcome(other, f"{HEALTH}/Check", b""))[0] is not grpc.StatusCode.OK:
                 pass
+
+
+async def test_what_one_caller_sends_is_received_a_few_requests_at_a_time(tmp_path: Path) -> None:
+    method, inspections, large = f"{INSPECTION}/Inspect", Inspections(), InspectRequest(encoded=bytes(2**20))
+    async with served(tmp_path, inspections=inspections) as address, aio.insecure_channel(address) as channel:
+        silent = [begun_call(channel, method) for _ in range(RECEIVED_AT_ONCE)]
+        for _ in silent:
+            await asyncio.wait_for(inspections.begun.get(), SECONDS)
+        further = asyncio.create_task(outcome(channel, method, large.SerializeToString()))
+        await asyncio.wait_for(inspections.begun.get(), SECONDS)
+        stream = begun_call(channel, f"{INSPECTION}/InspectStream")  # is not held up
+        for number in range(10):
+            assert await answered(stream, f"{number}")
+        assert not further.done()
+        silent[0].cancel()
+        assert (await further)[0] is grpc.StatusCode.OK
+
+
+async def test_a_request_that_stops_half_way_ends_and_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "RECEIVE_SECONDS", 0.2)
+    monkeypatch.setattr(receiving, "RECEIVED_AT_ONCE", 1)
+    method, large = f"{INSPECTION}/Inspect", InspectRequest(encoded=bytes(2**23)).SerializeToString()
+    async with served(tmp_path) as address, stalling(address, 2**22) as stalled:
+        async with aio.insecure_channel(stalled) as channel:
+            code, details, _id = await outcome(channel, method, large)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details == "the request has not arrived within 0.2 seconds; send less, or fewer at once"
+        monkeypatch.undo()
+        async with aio.insecure_channel(address) as channel:
+            assert (await outcome(channel, method, large))[0] is grpc.StatusCode.OK
+
+
+async def test_a_stream_ends_whose_caller_has_fallen_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "SILENCE_SECONDS", 0.2)
+    async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
+        stream = begun_call(channel, f"{INSPECTION}/InspectStream")
+        assert await answered(stream, "1")
+        assert await ended(stream) == (
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            "no request has come for 0.2 seconds; begin another stream when there is one",
+        )
+
+
+async def test_of_one_caller_only_so_many_streams_of_requests_are_open(tmp_path: Path) -> None:
+    method = f"{INSPECTION}/InspectStream"
+    before = RPCS_OVER_LIMIT.labels(method, "streams")._value.get()
+    async with served(tmp_path, open_streams=8) as address, aio.insecure_channel(address) as channel:
+        streams = [begun_call(channel, method) for _ in range(8)]
+        for stream in streams:
+            assert await answered(stream, "1")
+        code, details, _id = await outcome(channel, method)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "more than 8 streams of requests at once" in details
+        assert "max_open_streams" in details
+        assert (await outcome(channel, f"{INSPECTION}/Inspect", b""))[0] is grpc.StatusCode.OK
+        await streams[0].done_writing()
+        assert await ended(streams[0]) == (grpc.StatusCode.OK, "")
+        assert (await outcome(channel, method))[0] is grpc.StatusCode.OK
+    assert RPCS_OVER_LIMIT.labels(method, "streams")._value.get() == before + 1
+
+
+def begun_call(channel: aio.Channel, method: str) -> Any:
+    """A call that has sent nothing yet."""
+    rpc: Any = channel.stream_stream(method)
+    return rpc(timeout=SECONDS)
+
+
+async def answered(stream: Any, name: str) -> bool:
+    """Whether InspectStream answers one more request."""
+    await stream.write(InspectStreamRequest(id=name).SerializeToString())
+    return bool(await stream.read() == InspectStreamResponse(id=name).SerializeToString())
+
+
+@asynccontextmanager
+async def stalling(address: str, most: int) -> AsyncIterator[str]:
+    """A way to a server that lets only so many bytes of each caller through, and all of the server."""
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: int) -> None:
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(2**16):
+                writer.write(piece[:left])
+                left = max(left - len(piece), 0)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = address.rpartition(":")
+        server_reader, server_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pass_on(reader, server_writer, most), pass_on(server_reader, writer, sys.maxsize))
+
+    async with asyncio.TaskGroup() as connections:
+        server = await asyncio.start_server(lambda *ends: connections.create_task(serve(*ends)), "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        yield f"{host}:{port}"
+        server.close()
 
 
 def test_a_rate_is_regained_by_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ async def test_a_damaged_request_is_told_so() -> None:
         return GetStatusResponse()
 
     method = "/feddymem.v1.FederationService/GetStatus"
-    server = aio.server(interceptors=[RpcBoundary({}, {}, 1000, 100)])
+    server = aio.server(interceptors=[RpcBoundary({}, {}, {}, 1000, 100, 100)])
     handler: Any = grpc.unary_unary_rpc_method_handler(
         status, GetStatusRequest.FromString, GetStatusResponse.SerializeToString
     )

@@ -28,7 +28,7 @@ async def turn(request: bytes, context: Context) -> bytes:
 @asynccontextmanager
 async def served(admit: Callable[[Context], None]) -> AsyncIterator[aio.Channel]:
     """A channel to a server of one method, which has an admission."""
-    server = aio.server(interceptors=[RpcBoundary({}, {METHOD: admit}, 1000, 100)])
+    server = aio.server(interceptors=[RpcBoundary({}, {METHOD: admit}, {}, 1000, 100, 100)])
     service, _, name = METHOD[1:].partition("/")
     handler: Any = grpc.unary_unary_rpc_method_handler(turn)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {name: handler})])

@@ -1,0 +1,155 @@
+"""Following somebody else's releases: what is wrong with one of them holds up no other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+from grpc import aio
+
+from feddymem.client.tls import TlsError
+from feddymem.v1 import release_pb2_grpc
+from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
+from services.runtime.array_store import ArrayStore
+from services.runtime.backoff import Backoff
+from services.runtime.changes import Changes
+from services.runtime.channels import connected
+from services.runtime.errors import as_refusal
+from services.runtime.identity import Role
+from services.runtime.logs import get_logger
+from services.runtime.publisher import download
+from services.runtime.server_identity import UnreachableError
+from services.runtime.settings import ClientSettings
+from services.runtime.watching import watched
+
+WATCH_SECONDS = 60
+"""Silence after which a watch of releases is begun anew."""
+
+Receive = Callable[[Release], Awaitable[None]]
+"""Takes a release whose arrays are in the store."""
+
+_log = get_logger()
+
+
+async def follow(
+    address: str,
+    federations: tuple[str, ...],
+    arrays: ArrayStore,
+    settings: ClientSettings,
+    role: Role,
+    receive: Receive,
+) -> None:
+    """Watches a publisher for ever: downloads the arrays of each release that comes, then hands it over.
+
+    Goes on where it was when the publisher or the line is gone for a while. With TLS the publisher must have the role,
+    and a site be the own one.
+
+    Args:
+        address: HOST:PORT of the publisher.
+        federations: whose releases; empty for all.
+        arrays: where the arrays go.
+        settings: of this service.
+        role: of the publisher.
+        receive: is called for one release at a time; one that fails is tried again.
+    """
+    backoff = Backoff(settings)
+    while True:
+        try:
+            async with connected(address, settings, role) as channel:
+                follower = _Follower(address, release_pb2_grpc.ReleaseServiceStub(channel), arrays, settings, receive)
+                await follower.run(WatchReleasesRequest(federations=federations))
+        except (UnreachableError, TlsError) as error:
+            _log.warning("publisher_unreachable", publisher=address, reason=str(error))
+        await backoff.pause()
+
+
+class _Place:
+    """Where a release takes the place of the one before: a federation's global memory, or a site's memory generator."""
+
+    def __init__(self) -> None:
+        self._newest = self._done = Release()
+        self._changes = Changes()
+
+    def put(self, release: Release) -> None:
+        """A release that has come; the one before is left out if it has not been begun."""
+        if release != self._newest:  # a watch that is begun anew repeats it
+            self._newest = release
+            self._changes.notify()
+
+    async def next(self) -> Release:
+        """The newest release, once it is not done."""
+        while self._newest is self._done:
+            await self._changes.wait()
+        return self._newest
+
+    def done(self, release: Release) -> None:
+        """Says that a release need not be tried again."""
+        self._done = release
+
+
+class _Follower:
+    """One watch of a publisher, and what it brings."""
+
+    def __init__(
+        self,
+        publisher: str,
+        stub: release_pb2_grpc.ReleaseServiceAsyncStub,
+        arrays: ArrayStore,
+        settings: ClientSettings,
+        receive: Receive,
+    ) -> None:
+        self._publisher, self._stub, self._arrays, self._settings = publisher, stub, arrays, settings
+        self._receive = receive
+        self._receiving = asyncio.Lock()
+
+    async def run(self, request: WatchReleasesRequest) -> None:
+        """Follows until the watch breaks; each place has a task of its own, so that none waits for another."""
+        async with asyncio.TaskGroup() as group:
+            tasks: list[asyncio.Task[None]] = []
+            places: dict[tuple[str, int, str], _Place] = {}
+            try:
+                async for release in self._releases(request):
+                    name = release.federation, release.kind, release.site
+                    if name not in places:
+                        places[name] = _Place()
+                        tasks.append(group.create_task(self._take_all(places[name])))
+                    places[name].put(release)
+            except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever comes
+                self._tell(error)
+            async with self._receiving:  # what is being received is: on a bad line there might never be time for it
+                for task in tasks:
+                    task.cancel()
+
+    async def _releases(self, request: WatchReleasesRequest) -> AsyncIterator[Release]:
+        messages = watched(self._stub.WatchReleases, request, WATCH_SECONDS)
+        async with aclosing(messages):
+            async for message in messages:
+                if message is not None:
+                    yield message.release
+
+    async def _take_all(self, place: _Place) -> None:
+        backoff = Backoff(self._settings)
+        while True:
+            release = await place.next()
+            try:
+                await download(self._stub, release.arrays, self._arrays, self._settings)
+                async with self._receiving:
+                    await self._receive(release)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._tell(error, release)
+                await backoff.pause()
+            else:
+                place.done(release)
+
+    def _tell(self, error: Exception, release: Release | None = None) -> None:
+        """Logs why the watch ended or, where there is a release, why that is tried again."""
+        what = {} if release is None else {"federation": release.federation, "site": release.site}
+        log, refusal = _log.bind(publisher=self._publisher, **what), as_refusal(error)
+        if isinstance(error, aio.AioRpcError):
+            event = "watch_interrupted" if release is None else "download_interrupted"
+            log.warning(event, code=error.code().name, details=error.details())
+        elif refusal is None:
+            log.error("release_failed", exc_info=error)
+        else:
+            log.error("release_refused", reason=refusal.text)
