@@ -92,7 +92,7 @@ _INFERENCE = {
     f"{_RELEASE_STORE}.open": (1, 2, 3, 4),
     f"{_RELEASE_STORE}.write": (1, 2, 3, 4),
     "services.inference.release_store:write_record": (1, 4),
-    "services.runtime.publisher:download": (1, 2, 3, 4),
+    "services.runtime.following:download": (1, 2, 3, 4),
     f"{_STORE}.append": (1, 3, 9),
     f"{_STORE}._finish": (1, 4),
     f"{_STORE}.discard": (1, 3),
@@ -116,7 +116,7 @@ _SHORT = {
     f"before {_STORE}.append 4",
     f"after {_REGISTRY}._activate 4",
     f"after {_RELEASE_STORE}.write 4",
-    "after services.runtime.publisher:download 2",
+    "after services.runtime.following:download 2",
 }
 
 
