@@ -23,7 +23,8 @@ class Proxy:
         target: HOST:PORT of the server.
         port: that it listens on.
         bytes_per_second: at most, each way of each connection; None for no bound.
-        bytes_per_flip: one bit of so many bytes is flipped, on average; None for none.
+        bytes_per_flip: one bit of so many bytes is flipped, on average, and one of twice as many at least; None
+            for none.
         seed: of which ones.
     """
 
@@ -39,6 +40,7 @@ class Proxy:
         self._target, self._port = target, port
         self._bytes_per_second, self.bytes_per_flip = bytes_per_second, bytes_per_flip
         self._rng = random.Random(seed)  # noqa: S311 - no secret
+        self._bytes_to_flip = self._rng.randrange(2 * (bytes_per_flip or 1))
         self.flips = self.connections = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
@@ -93,9 +95,10 @@ class Proxy:
     def _damaged(self, data: bytes) -> bytes:
         if self.bytes_per_flip is None:
             return data
-        damaged = bytearray(data)
-        for position in range(len(damaged)):
-            if self._rng.random() * self.bytes_per_flip < 1:
-                damaged[position] ^= 1 << self._rng.randrange(8)
-                self.flips += 1
+        damaged, position = bytearray(data), self._bytes_to_flip
+        while position < len(damaged):
+            damaged[position] ^= 1 << self._rng.randrange(8)
+            self.flips += 1
+            position += self._rng.randint(1, 2 * self.bytes_per_flip)
+        self._bytes_to_flip = position - len(damaged)
         return bytes(damaged)

@@ -31,7 +31,7 @@ PORT = 6999
 """Of the proxy, beside the ports of a fleet."""
 TRICKLE_BYTES_PER_SECOND = 20_000
 BYTES_PER_FLIP = 10_000
-BYTES_PER_FLIP_WITH_TLS = 40_000
+BYTES_PER_FLIP_WITH_TLS = 20_000
 """Fewer: each flip costs the connection, and two handshakes take 10,000 bytes."""
 SLOW_CALLERS = 16
 SLOW_BYTES = MAX_MESSAGE_BYTES - 1000
