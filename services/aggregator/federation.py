@@ -33,11 +33,6 @@ from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
 from services.runtime.publisher import Publisher
 
-WAITS_FOR_SECONDS = 2
-"""Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
-AGGREGATION_RETRY_SECONDS = 10
-"""Pause before a round that failed is tried again: whoever has made room on the disk sees soon that it was enough."""
-
 _log = get_logger()
 
 
@@ -184,7 +179,7 @@ class Federation:
             sites=sites,
             release=self.releases.active,
             feature_space=self._state.feature_space(self.name),
-            waits_for=self.rounds.state().waits_for,
+            waits_for=self.rounds.waits_for(),
             releases=self.releases.versions,
             release_held=self.releases.held,
         )

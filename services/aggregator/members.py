@@ -43,7 +43,7 @@ class Members:
     def __init__(self, name: str, settings: FederationSettings, state: State) -> None:
         self._name, self._settings, self._state = name, settings, state
         self._instances = {site.name: site.instance for site in state.sites(name).values()}
-        self._standings = state.standings(name)
+        self._standings, self._removed = state.standings(name), state.removed(name)
         self._present: dict[str, Presence] = {}
         # Whether a site that was there before a restart comes back is not known yet.
         self._left = dict.fromkeys(self.joined, time.monotonic())
@@ -92,6 +92,7 @@ class Members:
             ours.require_same(space, f"federation {self._name!r}", f"site {request.site!r}")
         self._state.put_site(self._name, Site(request.site, request.instance, request.images))
         self._instances[request.site] = request.instance
+        self._removed.discard(request.site)
         self._left.setdefault(request.site, time.monotonic())
 
     def require_joined(self, site: str, instance: str) -> None:
@@ -142,7 +143,8 @@ class Members:
         For one that is there, or has not come yet, for as long as the round; for one that has gone, `grace_seconds`.
         """
         now = time.monotonic()
-        names = [site for site in self._settings.sites or self.joined if self.counts(site)]
+        expected = self._settings.sites or self.joined
+        names = [site for site in expected if self.counts(site) and site not in self._removed]
         ends = {site: self._left[site] + self._settings.grace_seconds - now for site in names if site in self._left}
         return {site: ends.get(site, float("inf")) for site in names if ends.get(site, 1) > 0}
 
@@ -161,6 +163,7 @@ class Members:
             raise not_found(f"no site {site[:63]!r} has joined federation {self._name!r}; see `feddymem status`")
         self._state.remove_site(self._name, site, round_number)
         del self._instances[site]
+        self._removed.add(site)
         self._left.pop(site, None)
 
     def _leave(self, site: str) -> None:

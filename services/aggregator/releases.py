@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 
 from feddymem.memory import MemoryBank
@@ -12,7 +13,10 @@ from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
 from services.runtime.errors import Refusal, not_found
+from services.runtime.logs import get_logger
 from services.runtime.publisher import Publisher
+
+_log = get_logger()
 
 
 class DamagedReleaseError(RuntimeError):
@@ -71,11 +75,23 @@ class Releases:
                 "activate another release (`feddymem operator activate`), from which the round starts then"
             ) from refusal
 
+    def readable(self, version: int) -> bool:
+        """Whether the global memory of a release can be read, or there is none, as before the first."""
+        try:
+            self.memory(version)
+        except DamagedReleaseError:
+            return False
+        return True
+
     def add(self, release: Release, origins: Sequence[str]) -> None:
         """A round's release exists from now on, and is active unless another one is held; see `State.put_release`."""
         self._state.put_release(release, origins)
         self._kept[release.version] = release
-        self._prune()
+        self._publish()
+        try:
+            self._prune()
+        except (OSError, sqlite3.Error) as error:  # as where the disk is full; the next release prunes again
+            _log.error("prune_failed", federation=self._name, reason=str(error))
         self._publish()
 
     def activate(self, version: int) -> None:
@@ -101,8 +117,8 @@ class Releases:
         """Removes all but the newest and the active one. Only while no round is open, which would need its base."""
         wanted = {self.active, *self.versions[-self._settings.keep_releases :]}
         for version in [version for version in self._kept if version not in wanted]:
-            pruned = self._kept.pop(version)
             self._state.prune_release(self._name, version)
+            pruned = self._kept.pop(version)
             used = {array.sha256 for release in self._kept.values() for array in release.arrays}
             for array in pruned.arrays:
                 if array.sha256 not in used:

@@ -22,7 +22,7 @@ from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
 from services.aggregator.members import Members
 from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
-from services.aggregator.releases import DamagedReleaseError, Releases
+from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import OpenedRound, State
 from services.aggregator.uploads import Uploads
@@ -33,7 +33,8 @@ from services.runtime.logs import get_logger
 WAITS_FOR_SECONDS = 2
 """Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
 AGGREGATION_RETRY_SECONDS = 10
-"""Pause before a round that failed is tried again: whoever has made room on the disk sees soon that it was enough."""
+"""Pause before a round that failed is tried again, at most (an operator's decision ends it): whoever has made room on
+the disk sees soon that it was enough."""
 
 _log = get_logger()
 
@@ -63,8 +64,9 @@ class Rounds:
     ) -> None:
         self._name, self._settings, self._state = name, settings, state
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
-        self._aggregating = self._base_damaged = False
-        self._changes, self.news = Changes(), Changes()
+        self._aggregating = False
+        self._judged: Merging | None = None
+        self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None
         self._told: tuple[int, int] | None = None
         self._telling: asyncio.TimerHandle | None = None
@@ -90,11 +92,27 @@ class Rounds:
             self._shown = self._make_state()
         return self._shown
 
+    def waits_for(self) -> str:
+        """Says what the round waits for; without names, because sites are told it, too."""
+        quorum = self._settings.quorum
+        if self.phase == PHASE_WAITING:
+            return f"{quorum - len(self._members.joined)} more to join, for the quorum of {quorum}"
+        if self.phase != PHASE_OPEN:
+            return ""
+        banks = self._quarantines()
+        counted = self._counted(banks)
+        if counted < quorum:
+            held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
+            return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
+        return f"banks of {sum(site not in banks for site in self._members.waited_for())} more sites"
+
     def changed(self, at_once: bool = False) -> None:
-        """Wakes who drives the rounds, and who watches them: at once where phase or round have moved, or it is about
-        who may take part; else together with what else comes within WAITS_FOR_SECONDS."""
+        """Wakes who drives the rounds, and who watches them: at once where phase or round have moved, or where an
+        operator has decided something; else together with what else comes within WAITS_FOR_SECONDS."""
         self._shown = None
         self._changes.notify()
+        if at_once:
+            self._decisions.notify()
         now = self.phase, self.number
         if at_once or now != self._told:
             self._told = now
@@ -104,9 +122,10 @@ class Rounds:
 
     def release_activated(self) -> None:
         """The operator has activated a release: a round whose base was damaged on the disk starts from that one."""
-        if self._base_damaged:
+        opened = self._state.opened_round(self._name, self.number)
+        if opened is not None and not self._releases.readable(opened.base):
             self._state.set_base(self._name, self.number, self._releases.active)
-        self.changed()
+        self.changed(at_once=True)
 
     def forget_banks(self) -> None:
         """Removes the arrays of banks that no round needs any more."""
@@ -121,7 +140,7 @@ class Rounds:
             except Exception as error:  # noqa: BLE001 - the other federations go on, and so does this one, later
                 metrics.AGGREGATIONS_FAILED.labels(self._name).inc()
                 _log.error("aggregation_failed", federation=self._name, round=self.number, exc_info=error)
-                await self._changes.wait(AGGREGATION_RETRY_SECONDS)
+                await self._decisions.wait(AGGREGATION_RETRY_SECONDS)
         _log.info("federation_done", federation=self._name, release=self._releases.newest)
 
     def _make_state(self) -> WatchRoundsResponse:
@@ -134,7 +153,7 @@ class Rounds:
             round=self.number,
             seconds_left=self._seconds_left() if phase == PHASE_OPEN else 0,
             memory=None if base is None else GlobalMemory(version=base.version, arrays=base.arrays),
-            waits_for=self._waits_for(),
+            waits_for=self.waits_for(),
         )
 
     async def _drive_round(self) -> None:
@@ -145,8 +164,12 @@ class Rounds:
         opened = self._open_round()
         while (seconds := self._seconds_to_wait()) > 0:
             await self._changes.wait(None if seconds == float("inf") else seconds)
-        with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
-            released = await self._release()
+        try:
+            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
+                released = await self._release()
+        except DamagedBankError as error:
+            self._ask_again(error)
+            return
         if released:
             self.forget_banks()
             metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
@@ -162,9 +185,12 @@ class Rounds:
         return opened
 
     def _seconds_to_wait(self) -> float:
-        """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum."""
-        banks = self._quarantines()
-        if self._counted(banks) < self._settings.quorum:
+        """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum.
+
+        Banks that would be enough, but for those in quarantine, are judged again together with what has come since.
+        """
+        banks, quorum = self._quarantines(), self._settings.quorum
+        if len(banks) < quorum or (self._counted(banks) < quorum and self._inputs() == self._judged):
             return float("inf")
         longest = max((s for site, s in self._members.waited_for().items() if site not in banks), default=0.0)
         return min(longest, self._seconds_left())
@@ -182,39 +208,25 @@ class Rounds:
         elapsed = 0.0 if opened is None else time.time() - opened.opened
         return max(0.0, self._settings.round_deadline_seconds - elapsed)
 
-    def _waits_for(self) -> str:
-        """Says what the round waits for; without names, because sites are told it, too."""
-        quorum = self._settings.quorum
-        if self.phase == PHASE_WAITING:
-            return f"{quorum - len(self._members.joined)} more to join, for the quorum of {quorum}"
-        if self.phase != PHASE_OPEN:
-            return ""
-        banks = self._quarantines()
-        counted = self._counted(banks)
-        if counted < quorum:
-            held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
-            return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
-        return f"banks of {sum(site not in banks for site in self._members.waited_for())} more sites"
-
     @contextmanager
     def _merging(self) -> Iterator[None]:
-        """The federation aggregates inside the block. What cannot be read there is made good, as far as it can be."""
+        """The federation aggregates inside the block."""
         self._aggregating = True
         self.changed()
         try:
             yield
-            self._base_damaged = False
-        except DamagedBankError as error:
-            self._state.remove_bank(self._name, self.number, error.header.site)
-            self._uploads.discard(error.header)
-            self._members.call_back(error.header.site)
-            raise
-        except DamagedReleaseError:
-            self._base_damaged = True
-            raise
         finally:
             self._aggregating = False
-            self.changed(at_once=True)
+            self.changed()
+
+    def _ask_again(self, damaged: DamagedBankError) -> None:
+        """Forgets a bank, and has its site begin anew, which finds that it is wanted."""
+        site = damaged.header.site
+        _log.error("bank_damaged", federation=self._name, site=site, round=self.number, reason=str(damaged))
+        self._state.remove_bank(self._name, self.number, site)
+        self._uploads.discard(damaged.header)
+        self._members.call_back(site)
+        self.changed(at_once=True)
 
     async def _release(self) -> bool:
         """Makes the release of the round; whether there is one."""
@@ -222,6 +234,7 @@ class Rounds:
         merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
+        self._judged = inputs
         self._quarantine(merged.outliers)
         if len(inputs.banks) - len(merged.outliers) < self._settings.quorum:
             return False

@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS release (
     federation TEXT, version INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version)
 );
 CREATE TABLE IF NOT EXISTS origin (federation TEXT, number INTEGER, site TEXT, PRIMARY KEY (federation, number));
+CREATE TABLE IF NOT EXISTS removed (federation TEXT, site TEXT, PRIMARY KEY (federation, site));
 CREATE TABLE IF NOT EXISTS held (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
 """
 
@@ -141,17 +142,25 @@ class State:
 
     def put_site(self, federation: str, site: Site) -> None:
         """A site has joined, or joined again."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO site VALUES (?, ?, ?, ?)", (federation, site.name, site.instance, site.images)
-        )
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO site VALUES (?, ?, ?, ?)", (federation, site.name, site.instance, site.images)
+            )
+            self._db.execute("DELETE FROM removed WHERE federation = ? AND site = ?", (federation, site.name))
 
     def remove_site(self, federation: str, site: str, round_number: int) -> None:
         """A site has not joined any more, and its bank of a round was never there."""
         with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO removed VALUES (?, ?)", (federation, site))
             self._db.execute("DELETE FROM site WHERE federation = ? AND name = ?", (federation, site))
             self._db.execute(
                 "DELETE FROM bank WHERE federation = ? AND site = ? AND round = ?", (federation, site, round_number)
             )
+
+    def removed(self, federation: str) -> set[str]:
+        """Sites that were removed and have not joined again."""
+        rows = self._db.execute("SELECT site FROM removed WHERE federation = ?", (federation,))
+        return {site for (site,) in rows}
 
     def standings(self, federation: str) -> dict[str, Standing.ValueType]:
         """The sites whose standing is not STANDING_JUDGED."""

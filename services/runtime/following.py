@@ -61,6 +61,8 @@ async def follow(
                 await follower.run(WatchReleasesRequest(federations=federations))
         except (UnreachableError, TlsError) as error:
             _log.warning("publisher_unreachable", publisher=address, reason=str(error))
+        except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever comes
+            _log.error("watch_failed", publisher=address, exc_info=error)
         await backoff.pause()
 
 
@@ -115,7 +117,7 @@ class _Follower:
                         places[name] = _Place()
                         tasks.append(group.create_task(self._take_all(places[name])))
                     places[name].put(release)
-            except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever comes
+            except Exception as error:  # noqa: BLE001 - as above
                 self._tell(error)
             async with self._receiving:  # what is being received is: on a bad line there might never be time for it
                 for task in tasks:

@@ -22,6 +22,9 @@ RECEIVE_SECONDS = 60
 SILENCE_SECONDS = 600
 """Wait for the next request of a stream, after which its caller counts as gone."""
 
+BROKEN_OFF_SECONDS = 0.05
+"""A request that broke off, or is too large, looks like none. Within this time gRPC cancels its call."""
+
 _Context = aio.ServicerContext[Any, Any]
 
 
@@ -49,6 +52,7 @@ class SingleRequests:
             too_slow = f"the request has not arrived within {RECEIVE_SECONDS:g} seconds; send less, or fewer at once"
             raw = await _next(context, RECEIVE_SECONDS, too_slow)
         if raw is aio.EOF:
+            await asyncio.sleep(BROKEN_OFF_SECONDS)
             raise invalid("the call ended without a request; send one")
         return _message(raw, deserializer)
 

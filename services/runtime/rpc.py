@@ -87,7 +87,8 @@ class RpcBoundary(aio.ServerInterceptor):
         self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
         self._open = _Open(open_rpcs, "open", "RPCs", "max_open_rpcs")
         self._open_streams = _Open(open_streams, "streams", "streams of requests", "max_open_streams")
-        self._single_requests = SingleRequests()
+        # Apart, so that who sends slowly does not keep a probe from its host out.
+        self._requests_of_ours, self._other_requests = SingleRequests(), SingleRequests()
         self._left_out: Tally[str] = Tally()
         self._busy: set[object] = set()
         self._changes = Changes()
@@ -203,7 +204,8 @@ class RpcBoundary(aio.ServerInterceptor):
     async def _requests(self, method: str, name: str, context: _Context, handler: Any) -> AsyncIterator[Any]:
         """What a handler takes: its one request, or an iterator over them."""
         if not handler.request_streaming:
-            yield await self._single_requests.read(name, context, handler.request_deserializer)
+            places = self._requests_of_ours if method.startswith(_OURS) else self._other_requests
+            yield await places.read(name, context, handler.request_deserializer)
             return
         with self._open_streams.one_more(name, method):
             yield requests_of(context, handler.request_deserializer)

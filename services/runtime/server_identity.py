@@ -58,7 +58,7 @@ async def _certificate_of(address: str, context: ssl.SSLContext, seconds: float)
             while True:
                 try:
                     return await _shake_hands(host.strip("[]"), int(port), context)
-                except OSError as error:  # TLS errors are such, too
+                except (OSError, UnicodeError) as error:  # TLS errors are OSErrors; no host name is the other
                     reason = str(error)
                 await asyncio.sleep(HANDSHAKE_RETRY_SECONDS)
     except TimeoutError:

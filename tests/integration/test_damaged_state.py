@@ -71,6 +71,20 @@ def test_a_round_whose_base_was_damaged_starts_from_the_release_that_an_operator
         )  # release 1 and two banks
 
 
+def test_a_base_that_was_damaged_before_a_bank_was_made_is_left_as_well(start_aggregator: StartAggregator) -> None:
+    running = start_aggregator(quorum=2, method=METHOD)
+    releases = running.log.parent / "state" / "releases"
+    with joined(running, "a", "b") as sites:
+        play(sites, 1)
+        first = set(releases.iterdir())
+        base = play(sites, 2)
+        for path in set(releases.iterdir()) - first:
+            path.write_bytes(b"damaged")
+        assert refused(lambda: memory_of(sites[0], base))[0] is grpc.StatusCode.DATA_LOSS
+        assert operate(running, "activate", "1")[0] == 0
+        assert sites[0].wait_for(PHASE_OPEN, 3).memory.version == 1
+
+
 def test_what_is_no_bank_is_not_accepted_as_one_of_a_round_long_closed(start_aggregator: StartAggregator) -> None:
     running = start_aggregator(quorum=1, method=METHOD)
     with joined(running, "a") as [site]:

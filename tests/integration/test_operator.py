@@ -154,6 +154,26 @@ def test_a_round_does_not_wait_for_a_site_that_was_removed(start_aggregator: Sta
         play([a, b], 2)
 
 
+def test_a_site_of_the_list_that_was_removed_is_not_waited_for_either(
+    fleet: Fleet, start_aggregator: StartAggregator
+) -> None:
+    settings = {"quorum": 1, "sites": ["a", "b"], "method": METHOD}
+    running = start_aggregator(**settings)
+    with joined(running, "a", "b") as (a, b):
+        play([a, b], 1)
+        assert operate(running, "remove", "b")[0] == 0
+        play([a], 2)
+    fleet.kill("aggregator")
+    running = start_aggregator(**settings)
+    with joined(running, "a") as [a]:
+        play([a], 3)
+    with joined(running, "a", "b") as (a, b):
+        a.upload(make_bank(40), 4)
+        assert status(running).waits_for == "banks of 1 more sites"
+        b.upload(make_bank(41), 4)
+        a.wait_for(PHASE_OPEN, 5)
+
+
 def test_a_bank_of_a_site_that_was_removed_does_not_count(start_aggregator: StartAggregator) -> None:
     running = start_aggregator(quorum=2, method=METHOD)
     with joined(running, "a", "b", "c") as (a, b, c):

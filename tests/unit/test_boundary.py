@@ -329,6 +329,37 @@ async def test_what_one_caller_sends_is_received_a_few_requests_at_a_time(tmp_pa
         assert (await further)[0] is grpc.StatusCode.OK
 
 
+async def test_who_sends_slowly_keeps_no_probe_from_its_host_out(tmp_path: Path) -> None:
+    inspections = Inspections()
+    async with served(tmp_path, inspections=inspections) as address, aio.insecure_channel(address) as channel:
+        silent = [begun_call(channel, f"{INSPECTION}/Inspect") for _ in range(2 * RECEIVED_AT_ONCE)]
+        for _ in silent:
+            await asyncio.wait_for(inspections.begun.get(), SECONDS)
+        check: Any = channel.unary_unary(f"{HEALTH}/Check")
+        assert await check(health_pb2.HealthCheckRequest(service="liveness").SerializeToString(), timeout=SECONDS)
+
+
+async def test_a_request_that_gets_lost_or_is_too_large_is_no_fault_of_its_text(tmp_path: Path) -> None:
+    method, inspections = f"{INSPECTION}/Inspect", Inspections()
+
+    def counted(code: str) -> float:
+        return float(RPCS.labels(method, code)._value.get())
+
+    invalid, cancelled = counted("INVALID_ARGUMENT"), counted("CANCELLED")
+    async with served(tmp_path, inspections=inspections) as address, aio.insecure_channel(address) as channel:
+        begun = begun_call(channel, method)
+        await asyncio.wait_for(inspections.begun.get(), SECONDS)
+        begun.cancel()
+        too_large: Any = channel.unary_unary(method)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await too_large(bytes(MAX_REQUEST_BYTES + 1), timeout=SECONDS)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        async with asyncio.timeout(SECONDS):
+            while counted("CANCELLED") < cancelled + 2:  # noqa: ASYNC110 - there is no event for a metric
+                await asyncio.sleep(0.01)
+    assert counted("INVALID_ARGUMENT") == invalid
+
+
 async def test_a_request_that_stops_half_way_ends_and_makes_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

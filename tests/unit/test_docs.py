@@ -16,7 +16,7 @@ import services.inference.metrics
 import services.runtime.rpc
 import services.runtime.tls  # noqa: F401 - registers its metrics
 from feddymem.client import InspectionClient, channel
-from services.aggregator import federation as aggregator_federation
+from services.aggregator import rounds
 from services.aggregator.settings import AggregatorSettings, FederationSettings
 from services.cli import exit_codes
 from services.edge_client.settings import EdgeClientSettings
@@ -53,7 +53,7 @@ def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None
     expected: dict[str, object] = {}
     for model in (AggregatorSettings, FederationSettings, EdgeClientSettings, InferenceSettings):
         expected |= settings_in_seconds(model)
-    for module in (aggregator_federation, backoff, channel, channels, following, rate, receiving, server_identity):
+    for module in (backoff, channel, channels, following, rate, receiving, rounds, server_identity):
         expected |= {name: value for name, value in vars(module).items() if name.endswith("_SECONDS")}
     assert {name: float(value) for name, value in listed.items()} == expected | client_waits()
 

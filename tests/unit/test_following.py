@@ -32,6 +32,7 @@ from services.runtime.errors import data_loss
 from services.runtime.following import follow
 from services.runtime.identity import Role
 from services.runtime.settings import ClientSettings
+from tests.certificates import Authority
 
 SECONDS = 30
 Name = tuple[str, int]
@@ -263,6 +264,33 @@ async def test_a_watch_that_says_nothing_is_begun_anew_and_nothing_is_received_t
     await until(receiver, lambda: ("screws", 1) in receiver.taken)
     assert sorted(receiver.begun) == [("parts", 1), ("screws", 1)]
     assert publisher.downloads.total() == 2
+
+
+async def test_an_address_that_cannot_be_one_ends_nothing(tmp_path: Path) -> None:
+    tls_dir = Authority(tmp_path / "ca").issue(Role.INFERENCE, "plant")
+    settings = ClientSettings(
+        listen="127.0.0.1:0",
+        metrics_listen="127.0.0.1:0",
+        state_dir=tmp_path,
+        aggregator="127.0.0.1:1",
+        tls_dir=tls_dir,
+        rpc_timeout_seconds=0.2,
+        retry_seconds=0.01,
+    )
+
+    async def receive(_release: Release) -> None:
+        raise AssertionError("nobody is there")
+
+    with capture_logs() as lines:
+        following = asyncio.ensure_future(
+            follow("a..b:7070", (), ArrayStore(tmp_path / "arrays"), settings, Role.SITE, receive)
+        )
+        async with asyncio.timeout(SECONDS):
+            while len(lines) < 2:  # noqa: ASYNC110 - there is no event for a log line
+                await asyncio.sleep(0.01)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+    assert {line["event"] for line in lines} == {"publisher_unreachable"}
 
 
 async def test_who_stops_following_leaves_nothing_running(

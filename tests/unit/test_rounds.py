@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ import pytest
 
 from feddymem.federation import NextMemory
 from feddymem.method import Method
+from feddymem.outliers import Outlier
 from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, BankHeader, JoinRequest, UploadBankRequest
 from feddymem.v1.operator_pb2 import STANDING_BANNED
+from feddymem.v1.release_pb2 import Release
 from services.aggregator import rounds as module
 from services.aggregator.federation import Federation
 from services.aggregator.merging import Merging
@@ -118,6 +122,56 @@ async def test_who_is_banned_or_removed_while_a_round_is_merged_does_not_count(
         release = federation.releases.find(1)
         assert release is not None
         assert release.provenance.sites == 2
+
+
+async def test_banks_that_are_too_few_without_outliers_are_judged_again_with_what_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[set[str]] = []
+    merge = Merging.next_memory
+
+    def judging(inputs: Merging, uploads: Uploads, releases: Releases, method: Method) -> NextMemory:
+        judged.append(set(inputs.banks))
+        outliers = (Outlier("a", "items are odd"), Outlier("b", "items are odd")) if len(judged) == 1 else ()
+        return dataclasses.replace(merge(inputs, uploads, releases, method), outliers=outliers)
+
+    monkeypatch.setattr(Merging, "next_memory", judging)
+    with opened(tmp_path) as federation:
+        join(federation, "a")
+        join(federation, "b")
+        driven = asyncio.ensure_future(federation.rounds.run())
+        await upload(federation, "a")
+        await upload(federation, "b")
+        async with asyncio.timeout(30):
+            while federation.rounds.waits_for() != "2 more banks, for the quorum of 2; 2 in quarantine":
+                await federation.rounds.news.wait()
+            join(federation, "c")
+            await upload(federation, "c")
+            await driven
+    assert judged == [{"a", "b"}, {"a", "b", "c"}]
+
+
+async def test_a_release_is_published_though_old_ones_cannot_be_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, store = State(tmp_path), ArrayStore(tmp_path / "releases")
+    published: list[int] = []
+    monkeypatch.setattr(Publisher, "publish", lambda _self, release, _others: published.append(release.version))
+    publisher = Publisher(store, frozenset(), lambda _who, _federation: True)
+    releases = Releases("parts", FederationSettings(keep_releases=1), state, store, publisher)
+    arrays = [array.manifest for array in bank_to_wire(make_bank(), "float16")]
+
+    def full(_state: State, _federation: str, _version: int) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(State, "prune_release", full)
+        for version in (1, 2):
+            releases.add(Release(federation="parts", version=version, arrays=arrays), ["a"])
+        assert (published[-1], releases.versions) == (2, [1, 2])
+    releases.add(Release(federation="parts", version=3, arrays=arrays), ["a"])
+    assert (published[-1], releases.versions, [each.version for each in state.releases("parts")]) == (3, [3], [3])
+    state.close()
 
 
 async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(
