@@ -14,10 +14,10 @@ IMAGE ?= feddymem:$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test fuzz soak check format protos breaking lock images bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test fuzz soak check k8s-check format protos breaking lock images bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed  ## Make the virtual environment from the locked versions (7 GB: PyPI's torch carries CUDA)
 
@@ -56,7 +56,7 @@ soak: setup  ## Kill, cut off and damage everything at every moment, then half a
 	CHAOS_REPEATS=10 $(BIN)/python -m pytest tests/chaos/test_partitions.py tests/chaos/test_proxy.py
 	$(BIN)/python -m tests.chaos.soak --minutes 30
 
-check: setup  ## Formatter, linter, strict types, import rules, protos, stale generated code
+check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos, stale generated code, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -64,6 +64,9 @@ check: setup  ## Formatter, linter, strict types, import rules, protos, stale ge
 	cd protos && buf lint
 	$(BIN)/python -m tests.generated_code
 	$(BIN)/hadolint Dockerfile
+
+k8s-check: setup  ## Build all overlays; hold them against two versions of Kubernetes, and against each other
+	$(BIN)/python -m tests.k8s.check
 
 format: setup  ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -22,7 +22,13 @@ KEEPALIVE_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 """For both ends of a channel."""
-CONNECT_OPTIONS = [*KEEPALIVE_OPTIONS, ("grpc.max_reconnect_backoff_ms", RECONNECT_SECONDS * 1000)]
+RESOLVE_SECONDS = 5
+"""Shortest pause between two looks for the addresses of a name, so that what is new behind it is found soon."""
+CONNECT_OPTIONS = [
+    *KEEPALIVE_OPTIONS,
+    ("grpc.max_reconnect_backoff_ms", RECONNECT_SECONDS * 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", RESOLVE_SECONDS * 1000),
+]
 """For the end that connects."""
 
 MAX_ATTEMPTS = 5

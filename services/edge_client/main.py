@@ -13,11 +13,12 @@ from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.files import owned
 from services.runtime.hardware import configure_hardware
+from services.runtime.health import Readiness
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import configure_logs
 from services.runtime.progress import shown_progress
 from services.runtime.publisher import Publisher
-from services.runtime.server import Readiness, listening, run_until_stopped
+from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import InvalidSettingsError, load_settings
 
 

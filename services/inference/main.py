@@ -14,9 +14,10 @@ from services.inference.settings import InferenceSettings
 from services.runtime.files import owned
 from services.runtime.following import follow
 from services.runtime.hardware import configure_hardware
+from services.runtime.health import Readiness
 from services.runtime.identity import Role
 from services.runtime.logs import configure_logs
-from services.runtime.server import Readiness, listening, run_until_stopped
+from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import load_settings
 
 _SWITCH_SECONDS = 0.0002

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from grpc import aio
@@ -19,6 +19,10 @@ FAREWELL_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 2**20
 """Largest message between services: chunks are half of it, and all else is smaller."""
 
+CONNECTION_SECONDS = 20
+"""Age at which a server has its callers connect anew; RPCs under way go on. A caller looks for servers only when it
+connects: one that is new behind a name would otherwise get nothing until another one goes."""
+
 MAX_STREAMS = 128
 """RPCs of one connection at once; more wait at the caller."""
 
@@ -26,6 +30,7 @@ SERVER_OPTIONS = [
     *KEEPALIVE_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
     ("grpc.so_reuseport", 0),
+    ("grpc.max_connection_age_ms", CONNECTION_SECONDS * 1000),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
     # Else gRPC measures what a line can carry, and takes as much of each message that nobody reads yet: all of 50 with
     # 8 MiB on one connection, 64 KiB of each with this. A stream still carries 9 MB/s where a round trip takes 50 ms.
@@ -36,6 +41,24 @@ CHANNEL_OPTIONS = [
     *CONNECT_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
+
+
+def bind(setting: str, address: str, add: Callable[[str], int]) -> str:
+    """Binds an address; HOST:PORT as it is bound.
+
+    Args:
+        setting: its name.
+        address: HOST:PORT; port 0 picks a free one.
+        add: of a server, `add_insecure_port` or the like.
+
+    Raises:
+        OSError: it cannot be bound.
+    """
+    try:
+        port = add(address)
+    except RuntimeError as error:
+        raise OSError(f"{setting}: {address} cannot be bound; is another process using it?") from error
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 @asynccontextmanager

@@ -15,19 +15,17 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.runtime.channels import FAREWELL_SECONDS, MAX_MESSAGE_BYTES, SERVER_OPTIONS
+from services.runtime.channels import FAREWELL_SECONDS, MAX_MESSAGE_BYTES, SERVER_OPTIONS, bind
 from services.runtime.files import write_atomically
+from services.runtime.health import Readiness, probed
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import get_logger
 from services.runtime.rpc import Access, Admission, RpcBoundary
 from services.runtime.settings import ServiceSettings
 from services.runtime.tls import server_credentials
-
-LIVENESS = "liveness"
-"""Name under which the health service says SERVING for as long as the process answers, ready or not."""
 
 _STANDARD = (
     health_pb2.DESCRIPTOR.services_by_name["Health"],
@@ -58,37 +56,6 @@ class Service:
     pool: DescriptorPool = field(default_factory=descriptor_pool.Default)
     admissions: Mapping[str, Admission] = field(default_factory=dict)
     audited: Mapping[str, str] = field(default_factory=dict)
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """grpcio's, and List, which it leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._statuses: dict[str, health_pb2.HealthCheckResponse] = {}
-
-    async def set(self, service: str, status: int) -> None:
-        await super().set(service, status)
-        self._statuses[service] = health_pb2.HealthCheckResponse(status=status)
-
-    async def List(  # noqa: N802
-        self, _request: health_pb2.HealthListRequest, _context: aio.ServicerContext[Any, Any]
-    ) -> health_pb2.HealthListResponse:
-        return health_pb2.HealthListResponse(statuses=self._statuses)
-
-
-class Readiness:
-    """Readiness as `grpc.health.v1` shows it: of the whole server (name "") and of each service by name."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.servicer = _Health()
-        self._names = ("", *names)
-
-    async def set(self, ready: bool) -> None:
-        """Says SERVING or NOT_SERVING to all who ask and watch."""
-        states = health_pb2.HealthCheckResponse
-        for name in self._names:
-            await self.servicer.set(name, states.SERVING if ready else states.NOT_SERVING)
 
 
 @asynccontextmanager
@@ -135,8 +102,7 @@ async def listening(
         service.add(server)
     readiness = Readiness(names)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
-    await readiness.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
-    await readiness.set(False)
+    await readiness.begin()
     files = [service.pool.FindFileContainingSymbol(service.name) for service in services]
     files += [service.file for service in _STANDARD]
     reflection.enable_server_reflection(
@@ -147,20 +113,22 @@ async def listening(
     metrics, _thread = prometheus_client.start_http_server(int(port), host)
     await server.start()
     bound = {"grpc": address, "metrics": f"{host}:{metrics.server_port}"}
-    if settings.address_file:
-        write_atomically(settings.address_file, json.dumps(bound).encode())
-    _log.info("listening", **bound)
-    try:
-        yield readiness
-    finally:
-        await readiness.set(False)
-        draining = asyncio.ensure_future(server.stop(settings.drain_seconds))  # refuses new requests from here on
-        await boundary.wait_idle(settings.drain_seconds)
-        await server.stop(FAREWELL_SECONDS)
-        await draining
-        metrics.shutdown()
-        metrics.server_close()
-        _log.info("stopped")
+    async with probed(settings, readiness) as health:
+        bound |= health
+        if settings.address_file:
+            write_atomically(settings.address_file, json.dumps(bound).encode())
+        _log.info("listening", **bound)
+        try:
+            yield readiness
+        finally:
+            await readiness.set(False)
+            draining = asyncio.ensure_future(server.stop(settings.drain_seconds))  # refuses new requests from here on
+            await boundary.wait_idle(settings.drain_seconds)
+            await server.stop(FAREWELL_SECONDS)
+            await draining
+            metrics.shutdown()
+            metrics.server_close()
+    _log.info("stopped")
 
 
 async def run_until_stopped(*work: Coroutine[Any, Any, None], until_done: bool = False) -> None:
@@ -207,12 +175,7 @@ def _pool_of(files: Iterable[FileDescriptor]) -> DescriptorPool:
 
 
 def _bind(server: aio.Server, settings: ServiceSettings, own: Identity | Role) -> str:
-    address = settings.listen
-    try:
-        if settings.tls_dir is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, server_credentials(settings.tls_dir, own))
-    except RuntimeError as error:
-        raise OSError(f"listen: {address} cannot be bound; is another process using it?") from error
-    return f"{address.rpartition(':')[0]}:{port}"
+    if settings.tls_dir is None:
+        return bind("listen", settings.listen, server.add_insecure_port)
+    credentials = server_credentials(settings.tls_dir, own)
+    return bind("listen", settings.listen, lambda address: server.add_secure_port(address, credentials))

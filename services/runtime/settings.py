@@ -72,6 +72,11 @@ class ServiceSettings(BaseSettings):
     metrics_listen: Address = Field(
         description="address of the Prometheus endpoint /metrics, HOST:PORT; port 0 picks a free one"
     )
+    health_listen: Address | None = Field(
+        default=None,
+        description="address of another gRPC server, HOST:PORT, that says whether this service is alive and ready, and "
+        "nothing else: without TLS, for probes that can show no certificate, such as Kubernetes'",
+    )
     state_dir: Path = Field(description="folder for everything that must survive a restart; made if missing")
     tls_dir: Path | None = Field(
         default=None,

@@ -1,0 +1,73 @@
+"""Whether disruption budgets, autoscalers and monitors find what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import prometheus_client
+
+import services.inference.metrics  # noqa: F401 - registers its metrics
+from tests.k8s.manifests import Object, amount, containers, named, of_kind, ports, selected, title, workloads
+
+
+def budget_problems(objects: list[Object]) -> Iterator[str]:
+    """Disruption budgets that protect nothing, or keep nodes from being drained."""
+    protected = []
+    for budget in of_kind(objects, "PodDisruptionBudget"):
+        found = selected(objects, budget["spec"].get("selector", {}))
+        protected += found
+        if len(found) != 1:
+            yield f"{title(budget)}: is for the pods of {len(found)} workloads"
+        if not amount(budget["spec"].get("maxUnavailable")):
+            yield f"{title(budget)}: no pod may ever be evicted"
+    for workload in of_kind(objects, "Deployment"):
+        if workload not in protected:
+            yield f"{title(workload)}: has no disruption budget"
+
+
+def autoscaler_problems(objects: list[Object]) -> Iterator[str]:
+    """Autoscalers whose target or metrics are not there."""
+    for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
+        reference = scaler["spec"]["scaleTargetRef"]
+        target = named(objects, reference["kind"]).get(reference["name"])
+        if target is None or target["apiVersion"] != reference.get("apiVersion"):
+            yield f"{title(scaler)}: {reference['kind']}/{reference['name']} does not exist"
+            continue
+        if "replicas" in target["spec"]:
+            yield f"{title(scaler)}: {title(target)} has a number of replicas of its own"
+        if scaler["spec"].get("minReplicas", 1) > scaler["spec"]["maxReplicas"]:
+            yield f"{title(scaler)}: minReplicas is above maxReplicas"
+        for metric in scaler["spec"].get("metrics", []):
+            yield from (f"{title(scaler)}: {problem}" for problem in _metric(metric, target))
+
+
+def _metric(metric: Object, target: Object) -> Iterator[str]:
+    if metric["type"] == "Resource":
+        name = metric["resource"]["name"]
+        requests = [box.get("resources", {}).get("requests", {}) for box in containers(target)]
+        if not all(amount(request.get(name)) for request in requests):
+            yield f"{title(target)} requests no {name}"
+    elif metric["type"] == "Pods":
+        name = metric["pods"]["metric"]["name"]
+        if name not in prometheus_client.REGISTRY._names_to_collectors:
+            yield f"there is no metric {name}"
+        if not amount(metric["pods"]["target"].get("averageValue")):
+            yield f"{name} has no target"
+    else:
+        yield f"metrics of type {metric['type']} are unknown here"
+
+
+def monitor_problems(objects: list[Object]) -> Iterator[str]:
+    """Monitors without pods or ports, and pods without a monitor where there is one."""
+    monitors = of_kind(objects, "PodMonitor")
+    for monitor in monitors:
+        found = selected(objects, monitor["spec"]["selector"])
+        for workload in found:
+            for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+                if endpoint["port"] not in ports(workload):
+                    yield f"{title(monitor)}: {title(workload)} has no port named {endpoint['port']}"
+        yield from (
+            f"{title(monitor)}: {title(workload)} is not monitored"
+            for workload in workloads(objects)
+            if workload not in found
+        )
