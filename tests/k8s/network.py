@@ -133,7 +133,7 @@ def _ends(peer: Object, subject: _Pod, direction: str, pods: list[_Pod]) -> Iter
     elif peer.keys() == {"ipBlock"}:
         yield ANYWHERE, own
     else:
-        yield f"{'and '.join(sorted(peer))}, which is unknown here", own
+        yield f"{' and '.join(sorted(peer))}, which is unknown here", own
 
 
 def _port(port: Object, server: _Pod | None) -> str:

@@ -190,6 +190,12 @@ BROKEN = [
     (f"{POLICY}inference", "spec policyTypes", ["Ingress"], "has rules for egress, but is not of the type Egress"),
     (f"{POLICY}inference", "spec ingress 0 from 1 namespaceSelector", {}, "in from namespaces with  at TCP 7072, for"),
     (f"{POLICY}inference", "spec ingress 0 ports 0 protocol", "UDP", "no NetworkPolicy lets it in from line at TCP"),
+    (
+        f"{POLICY}inference",
+        "spec ingress 0 from 1 podSelector",
+        {},
+        "in from namespaceSelector and podSelector, which is",
+    ),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "http", "has no port http"),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "grpc", "lets it in from namespaces with feddymem.io/monitor"),
     (MONITOR, "kind", "Monitor", "feddymem.io/monitoring=true at TCP 9072, for nothing"),

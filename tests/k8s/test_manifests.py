@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_another_site_is_a_copy_of_the_first_with_another_name(tmp_path: Path) -
         "Certificate/inference-site-b-tls",
         "HorizontalPodAutoscaler/inference-site-b",
     }
+
+
+def test_secrets_by_hand_take_the_place_of_certificates(tmp_path: Path) -> None:
+    page = (K8S / "README.md").read_text()
+    [patches] = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / "prod" / "kustomization.yaml"
+    file.write_text(file.read_text() + patches)
+    objects = build(file.parent)
+    assert not of_kind(objects, "Certificate", "Issuer")
+    missing = re.findall(r"Secret/(\S+) does not exist", "\n".join(problems(objects)))
+    assert sorted(missing) == sorted(re.findall(r"create secret generic (\S+)", page))
 
 
 def test_command_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
