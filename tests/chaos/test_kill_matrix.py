@@ -60,9 +60,10 @@ def test_of_an_accepted_bank_nothing_is_asked_for_again(trial: Trial) -> None:
     dies = KillPoint("services.aggregator.state:State.put_bank", "after", 1)
     trial.run({"aggregator": [dies]})
     sent = [int(str(event["bytes"])) for site in trial.sites for event in trial.events(site, "bank_accepted")]
-    assert sum(count >= BANK_BYTES for count in sent) == 3  # of four; nobody was told of the one
-    # Its site has asked, unless the round was over before.
-    assert sum(count < BANK_BYTES for count in sent) <= 1
+    # Of four banks nobody was told of the one, and the other site's may have been here in part: it went on then.
+    assert sum(count >= BANK_BYTES for count in sent) in {2, 3}
+    # That site has asked, unless the round was over before.
+    assert sum(count < BANK_BYTES for count in sent) <= 2
 
 
 @pytest.mark.parametrize(("when", "printed"), [("before", ""), ("after", "feddymem")])
