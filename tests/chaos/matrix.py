@@ -38,6 +38,7 @@ from tests.chaos.federation import (
 from tests.chaos.forks import Place
 from tests.chaos.inference import InferenceTrial, Line, LineObserver
 
+_UNDISTURBED_RUNS = 3
 _DEATHS_OF_A_FEDERATION = 5
 _LONGEST_LIFE_SECONDS = 1.5
 """Of a process that is killed at a random time: an undisturbed federation takes about two seconds."""
@@ -128,23 +129,10 @@ class Matrix:
         shutil.rmtree(folder)
 
     def _run_undisturbed(self) -> Undisturbed:
-        trial = Trial(self._new_folder(), self._images)
         site = SITES[0]
-        try:
-            with (
-                ReleaseObserver(trial.fleet.address("aggregator")) as memories,
-                ReleaseObserver(trial.fleet.address(site)) as generators,
-            ):
-                trial.run({})
-            trial.restart_inference_afresh()
-            outcome = trial.outcome()
-        finally:
-            trial.close()
-        versions = set(range(1, ROUNDS + 1))
-        if (set(memories.seen), set(generators.seen)) != (versions, versions) or memories.broken or generators.broken:
-            raise PromiseBrokenError(f"undisturbed, and yet {memories.broken + generators.broken} of {memories.seen}")
-        published = {("memory", version): release for version, release in memories.seen.items()}
-        published |= {("generator", version): release for version, release in generators.seen.items()}
+        outcome, memories, generators = self._observe_undisturbed(site)
+        published = {("memory", version): release for version, release in memories.items()}
+        published |= {("generator", version): release for version, release in generators.items()}
         line = Line(site, min(self._images[site].iterdir()), published)
         inference = InferenceTrial(self._new_folder(), line)
         try:
@@ -153,7 +141,29 @@ class Matrix:
             inference.close()
         if scores[ROUNDS] != outcome.scores[site]:
             raise PromiseBrokenError(f"{scores} here, {outcome.scores} in the federation")
-        return Undisturbed(outcome, memories.seen, line, scores)
+        return Undisturbed(outcome, memories, line, scores)
+
+    def _observe_undisturbed(self, site: str) -> tuple[Outcome, dict[int, Published], dict[int, Published]]:
+        """Outcome and all releases of memory and generator; a watcher is owed the newest, and so may miss one."""
+        versions = set(range(1, ROUNDS + 1))
+        for _ in range(_UNDISTURBED_RUNS):
+            trial = Trial(self._new_folder(), self._images)
+            try:
+                with (
+                    ReleaseObserver(trial.fleet.address("aggregator")) as memories,
+                    ReleaseObserver(trial.fleet.address(site)) as generators,
+                ):
+                    trial.run({})
+                trial.restart_inference_afresh()
+                outcome = trial.outcome()
+            finally:
+                trial.close()
+            if broken := memories.broken + generators.broken:
+                raise PromiseBrokenError(f"undisturbed, and yet {broken}")
+            if set(memories.seen) == set(generators.seen) == versions:
+                return outcome, memories.seen, generators.seen
+        seen = sorted(memories.seen), sorted(generators.seen)
+        raise PromiseBrokenError(f"of {sorted(versions)}, seen of memory and generator: {seen}")
 
     def _new_folder(self) -> Path:
         return self._folder / f"cell-{next(self._numbers)}"
