@@ -27,8 +27,10 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY feddymem feddymem
 COPY services services
+# With the embedded backbone as OpenVINO takes it, so that not every pod has to make that when it starts.
 RUN python -m pip --python /opt/feddymem/bin/python install --no-cache-dir --no-deps --no-build-isolation --no-index \
-    --prefix /package .
+       --prefix /package . \
+    && XDG_CACHE_HOME=/package/share /opt/feddymem/bin/python -c "from feddymem import backbone; backbone.load_extractor()"
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 feddymem \

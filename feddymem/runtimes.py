@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from feddymem.folders import cache_folder
+from feddymem.folders import cache_folder, installed_folder
 from feddymem.openvino_runtime import OpenVINONetwork, OpenVINOScreen, openvino
 from feddymem.search import Screen, screen_by_torch, screen_dtype
 from feddymem.threads import team
@@ -98,13 +98,17 @@ def _by_torch(network: nn.Module, precision: Precision, device: torch.device) ->
 
 
 def _graph(network: nn.Module, side: int, key: str) -> bytes:
-    """The network as ONNX, for any number of images; kept, because to export takes seconds."""
+    """The network as ONNX, for any number of images; kept, because to export takes seconds.
+
+    An image of the services brings that of the embedded backbone along, beside the packages.
+    """
     made_by = f"{_GRAPH} {torch.__version__} {openvino().__version__}"
     name = hashlib.sha256(f"{made_by} {side} {key}".encode()).hexdigest()
     path = cache_folder() / "graphs" / f"{name}.graph"
-    kept = _kept(path)
-    if kept is not None:
-        return kept
+    for folder in (installed_folder() / "graphs", path.parent):
+        kept = _kept(folder / path.name)
+        if kept is not None:
+            return kept
     graph = to_onnx(network, side)
     _require_same_numbers(OpenVINONetwork(graph, "f32"), network, side)
     try:

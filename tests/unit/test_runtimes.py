@@ -269,6 +269,18 @@ def test_an_exported_network_is_used_again(folder: Path, exports: list[int]) -> 
     assert [(p, p.stat().st_mtime_ns) for p in folder.iterdir()] == [(path, written)]
 
 
+def test_a_network_that_was_exported_when_it_was_installed_is_used(
+    tmp_path: Path, folder: Path, exports: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Small()
+    by_openvino(network)
+    folder.parent.rename(tmp_path / "installed")
+    monkeypatch.setattr(runtimes, "installed_folder", lambda: tmp_path / "installed")
+    assert_same(by_openvino(network)(pixels(2)), network(pixels(2)))
+    assert exports == [SIDE]
+    assert not folder.exists()
+
+
 def test_networks_of_other_weights_or_sizes_are_exported_on_their_own(folder: Path, exports: list[int]) -> None:
     for key, side in (("one", 32), ("other", 32), ("one", 48)):
         compiled(Small(), side, key, "openvino", "float32", CPU)
