@@ -30,7 +30,8 @@ COPY services services
 # With the embedded backbone as OpenVINO takes it, so that not every pod has to make that when it starts.
 RUN python -m pip --python /opt/feddymem/bin/python install --no-cache-dir --no-deps --no-build-isolation --no-index \
        --prefix /package . \
-    && XDG_CACHE_HOME=/package/share /opt/feddymem/bin/python -c "from feddymem import backbone; backbone.load_extractor()"
+    && XDG_CACHE_HOME=/package/share /opt/feddymem/bin/python -c "from feddymem import backbone; backbone.load_extractor()" \
+    && chmod --recursive a+rX /package
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 feddymem \
