@@ -15,7 +15,7 @@ RUN --mount=type=bind,source=wheels,target=/wheels \
     python -m venv --without-pip /opt/feddymem \
     && python -m pip --python /opt/feddymem/bin/python install --no-cache-dir --no-index \
        --find-links /wheels/${VARIANT} --requirement /tmp/requirements.lock \
-    && rm -r /opt/feddymem/lib/python3*/site-packages/torch/bin/protoc* \
+    && rm -rf /opt/feddymem/lib/python3*/site-packages/torch/bin/protoc* \
        /opt/feddymem/lib/python3*/site-packages/torch/bin/test_* \
        /opt/feddymem/lib/python3*/site-packages/torch/include \
        /opt/feddymem/lib/python3*/site-packages/openvino/libs/libopenvino_intel_[gn]pu_plugin.so \
