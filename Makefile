@@ -101,9 +101,11 @@ images: wheels  ## Build the container image with podman or docker; VARIANT=cuda
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
 
 wheels:  ## Fetch the packages of an image into wheels/VARIANT; cpu needs PyTorch's index of CPU builds in pip's settings
-	$(PYTHON) -m pip download --quiet --disable-pip-version-check --dest wheels/$(VARIANT) --only-binary :all: \
-	  --python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
-	  --no-deps --requirement requirements-$(VARIANT).lock
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --dest wheels/$(VARIANT) --no-deps --only-binary :all: \
+	  --python-version 3.11 $(PLATFORMS) --requirement requirements-$(VARIANT).lock
+
+# What the base image's C library (2.36) runs.
+PLATFORMS := $(foreach minor,$(shell seq 5 36),--platform manylinux_2_$(minor)_x86_64) --platform manylinux2014_x86_64
 
 bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity and poisoning on real sets
 	$(BIN)/python -m benchmarks.inspection
