@@ -28,8 +28,8 @@ from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message
 
 GENERATORS_KEPT = 11
-"""Memory generators of each site, the newest: for the releases that an aggregator keeps by default, any of which may be
-activated again, and for the round that is open."""
+"""Memory generators of each site, the last that came: for the releases that an aggregator keeps by default, any of
+which may be activated again, and for the round that is open."""
 
 _log = get_logger()
 _ANY_SITE = ""
@@ -176,10 +176,10 @@ class Registry:
             return [] if before is None else [before]
         known = self._generators.get((release.federation, release.site), [])
         same = [g for g in known if g.release.version == release.version]
-        others = [g for g in known if g.release.version != release.version]
-        by_version = sorted([*others, kept], key=_version)
-        self._generators[release.federation, release.site] = by_version[-GENERATORS_KEPT:]
-        return [*same, *by_version[:-GENERATORS_KEPT]]
+        # As they came: where the aggregator has lost its disk, versions begin anew, and the newest is not the highest.
+        came = [*(g for g in known if g.release.version != release.version), kept]
+        self._generators[release.federation, release.site] = came[-GENERATORS_KEPT:]
+        return [*same, *came[:-GENERATORS_KEPT]]
 
     async def _forget(self, replaced: list[Kept]) -> None:
         used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
@@ -228,7 +228,7 @@ class Registry:
         for (federation, site), generators in sorted(self._generators.items()):
             if federation != memory.federation:
                 continue
-            oldest, *later = generators
+            oldest, *later = sorted(generators, key=_version)
             if oldest.release.version > memory.version:  # near enough, and better than a line without scores
                 _log.warning(
                     "generator_newer_than_memory",
