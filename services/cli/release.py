@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from feddymem.v1.operator_pb2 import (
     ActivateReleaseRequest,
@@ -100,14 +100,15 @@ def _activate(federation: str, version: int, expected: int | None, server: str, 
 def _table(federation: str, answer: ListReleasesResponse) -> Table:
     held = ", and stays so (`activate newest` ends it)" if answer.held else ""
     title = f"{federation}: release {answer.active or 'none'} is active{held}"
-    table = Table("release", "", "made (UTC)", "from", "sites", "images", "items", title=title)
+    made = Column("made (UTC)", no_wrap=True)
+    table = Table("release", "", made, "from", "sites", "images", "items", title=title)
     newest = max((each.version for each in answer.releases), default=0)
     for each in answer.releases:
         marks = {"active": each.version == answer.active, _NEWEST: each.version == newest}
         table.add_row(
             str(each.version),
             ", ".join(mark for mark, holds in marks.items() if holds),
-            f"{each.created.ToDatetime():%Y-%m-%d %H:%M:%S}",
+            f"{each.created.ToDatetime():%Y-%m-%d %H:%M}",
             str(each.base or "-"),
             _sites(each.sites),
             str(each.images),
