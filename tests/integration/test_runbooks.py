@@ -60,11 +60,15 @@ class Plant:
         """Starts all, and waits until all rounds are over and the last release scores."""
         self.start_aggregator(rounds)
         calls = ["--aggregator", self.fleet.address("aggregator"), "--retry-seconds", "0.2"]
-        for site in SITES:
-            where = ["--federation", "parts", "--site", site, "--data", str(self._images[site]), "--input-size", "64"]
-            self._launch(site, "edge", *calls, *where)
+        self.start_edge_clients(input_size=64)
         self._launch("inference", "inference", *calls, "--edge-clients", self.fleet.address(HERE))
         self.wait_done(rounds)
+
+    def start_edge_clients(self, input_size: int) -> None:
+        for site in SITES:
+            where = ["--federation", "parts", "--site", site, "--data", str(self._images[site])]
+            calls = ["--aggregator", self.fleet.address("aggregator"), "--retry-seconds", "0.2"]
+            self._launch(site, "edge", *calls, *where, "--input-size", str(input_size))
 
     def _launch(self, name: str, command: str, *flags: str) -> None:
         self.fleet.launch(name, command, *flags, "--tls-dir", str(self.tls[name]))
@@ -189,6 +193,19 @@ def test_the_aggregator_s_disk_is_lost_and_restored(plant: Plant) -> None:
         wait(lambda: line.releases[-2:] == [3, 4], plant.logs)
         plant.wait_done(4)
     assert (line.failures, line.releases) == ([], [4, 2, 3, 4])
+
+
+@with_and_without_generators
+def test_the_federation_begins_anew_with_another_feature_space(plant: Plant) -> None:
+    plant.start(rounds=2)
+    with Line(plant) as line:
+        for name in (*SITES, "aggregator"):
+            plant.fleet.kill(name, signal.SIGTERM)
+            shutil.rmtree(plant.fleet.state(name))
+        plant.start_aggregator(rounds=3)
+        plant.start_edge_clients(input_size=96)
+        plant.wait_done(3)
+    assert (line.failures, line.releases[0], line.releases[-1]) == ([], 2, 3)
 
 
 def test_the_authority_is_replaced(plant: Plant) -> None:
