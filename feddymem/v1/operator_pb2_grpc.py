@@ -71,8 +71,8 @@ class OperatorServiceServicer:
     def ActivateRelease(self, request, context):
         """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
         that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-        NOT_FOUND: there is no such release, or it has been pruned. ABORTED: another release is active than the one that the
-        caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+        NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
+        one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

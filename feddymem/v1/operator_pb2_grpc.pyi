@@ -40,8 +40,8 @@ class OperatorServiceStub:
     ActivateRelease: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ActivateReleaseRequest, _operator_pb2.ActivateReleaseResponse]
     """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
     that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-    NOT_FOUND: there is no such release, or it has been pruned. ABORTED: another release is active than the one that the
-    caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+    NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
+    one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     SetStanding: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetStandingRequest, _operator_pb2.SetStandingResponse]
     """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined."""
@@ -60,8 +60,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ActivateRelease: _aio.UnaryUnaryMultiCallable[_operator_pb2.ActivateReleaseRequest, _operator_pb2.ActivateReleaseResponse]  # type: ignore[assignment]
     """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
     that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-    NOT_FOUND: there is no such release, or it has been pruned. ABORTED: another release is active than the one that the
-    caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+    NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
+    one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     SetStanding: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetStandingRequest, _operator_pb2.SetStandingResponse]  # type: ignore[assignment]
     """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined."""
@@ -89,8 +89,8 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_operator_pb2.ActivateReleaseResponse, _abc.Awaitable[_operator_pb2.ActivateReleaseResponse]]:
         """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
         that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-        NOT_FOUND: there is no such release, or it has been pruned. ABORTED: another release is active than the one that the
-        caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+        NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
+        one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
         """
 
     @_abc_1.abstractmethod

@@ -13,7 +13,7 @@ from services.aggregator.settings import FederationSettings
 from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
-from services.runtime.errors import Refusal, aborted, data_loss, not_found
+from services.runtime.errors import Refusal, data_loss, not_found, precondition
 from services.runtime.logs import get_logger
 from services.runtime.publisher import Publisher
 
@@ -103,10 +103,10 @@ class Releases:
         """See operator.proto.
 
         Raises:
-            Refusal: NOT_FOUND, ABORTED or DATA_LOSS, see there.
+            Refusal: NOT_FOUND, FAILED_PRECONDITION or DATA_LOSS, see there.
         """
         if expected not in (None, self.active):
-            raise aborted(
+            raise precondition(
                 f"release {self.active or 'none'} of federation {self._name!r} is active by now, not "
                 f"{expected or 'none'}; nothing was changed, look again (`feddymem release list`)"
             )

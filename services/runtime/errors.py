@@ -79,11 +79,6 @@ def exists(text: str) -> Refusal:
     return Refusal(grpc.StatusCode.ALREADY_EXISTS, text)
 
 
-def aborted(text: str) -> Refusal:
-    """Somebody else was faster: the caller decided by a state that has changed since."""
-    return Refusal(grpc.StatusCode.ABORTED, text)
-
-
 def data_loss(text: str) -> Refusal:
     """Bytes arrived damaged."""
     return Refusal(grpc.StatusCode.DATA_LOSS, text)
