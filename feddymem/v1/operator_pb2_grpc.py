@@ -35,6 +35,11 @@ class OperatorServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.ListReleases = channel.unary_unary(
+                '/feddymem.v1.OperatorService/ListReleases',
+                request_serializer=feddymem_dot_v1_dot_operator__pb2.ListReleasesRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_operator__pb2.ListReleasesResponse.FromString,
+                _registered_method=True)
         self.ActivateRelease = channel.unary_unary(
                 '/feddymem.v1.OperatorService/ActivateRelease',
                 request_serializer=feddymem_dot_v1_dot_operator__pb2.ActivateReleaseRequest.SerializeToString,
@@ -56,10 +61,18 @@ class OperatorServiceServicer:
     """Served by the aggregator. NOT_FOUND everywhere: unknown federation.
     """
 
+    def ListReleases(self, request, context):
+        """The releases that can be activated, and which of them is active.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ActivateRelease(self, request, context):
         """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
         that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-        NOT_FOUND: there is no such release, or it has been pruned.
+        NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
+        one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +96,11 @@ class OperatorServiceServicer:
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'ListReleases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReleases,
+                    request_deserializer=feddymem_dot_v1_dot_operator__pb2.ListReleasesRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_operator__pb2.ListReleasesResponse.SerializeToString,
+            ),
             'ActivateRelease': grpc.unary_unary_rpc_method_handler(
                     servicer.ActivateRelease,
                     request_deserializer=feddymem_dot_v1_dot_operator__pb2.ActivateReleaseRequest.FromString,
@@ -109,6 +127,33 @@ def add_OperatorServiceServicer_to_server(servicer, server):
 class OperatorService:
     """Served by the aggregator. NOT_FOUND everywhere: unknown federation.
     """
+
+    @staticmethod
+    def ListReleases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.OperatorService/ListReleases',
+            feddymem_dot_v1_dot_operator__pb2.ListReleasesRequest.SerializeToString,
+            feddymem_dot_v1_dot_operator__pb2.ListReleasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def ActivateRelease(request,

@@ -130,14 +130,13 @@ class Federation:
         _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=items)
         self.rounds.changed()
 
-    def activate(self, version: int) -> int:
-        """Activates a release, see operator.proto; the version that is active now.
+    def activate(self, version: int, expected: int | None) -> None:
+        """Activates a release, see operator.proto.
 
         A round whose base was damaged on the disk starts from the active release then.
         """
-        self.releases.activate(version)
+        self.releases.activate(version, expected)
         self.rounds.release_activated()
-        return self.releases.active
 
     def set_standing(self, site: str, standing: Standing.ValueType) -> None:
         """Says how a site's banks are treated; see operator.proto."""

@@ -10,6 +10,8 @@ from feddymem.v1 import operator_pb2_grpc
 from feddymem.v1.operator_pb2 import (
     ActivateReleaseRequest,
     ActivateReleaseResponse,
+    ListReleasesRequest,
+    ListReleasesResponse,
     RemoveSiteRequest,
     RemoveSiteResponse,
     SetStandingRequest,
@@ -39,15 +41,23 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         return Service(
             "feddymem.v1.OperatorService",
             lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(self, server),
-            access=dict.fromkeys(_ACTIONS, frozenset({Role.OPERATOR})),
+            access=dict.fromkeys(("ListReleases", *_ACTIONS), frozenset({Role.OPERATOR})),
             audited=_ACTIONS,
         )
 
+    async def ListReleases(self, request: ListReleasesRequest, _context: _Context) -> ListReleasesResponse:
+        """See operator.proto."""
+        releases = self._federation(request.federation).releases
+        return ListReleasesResponse(releases=releases.kept(), active=releases.active, held=releases.held)
+
     async def ActivateRelease(self, request: ActivateReleaseRequest, context: _Context) -> ActivateReleaseResponse:
         """See operator.proto."""
+        expected = request.expected if request.HasField("expected") else None
         with audited(context, f"activate_release {request.version or 'newest'}", request.federation):
-            version = self._federation(request.federation).activate(request.version)
-        return ActivateReleaseResponse(version=version)
+            federation = self._federation(request.federation)
+            previous = federation.releases.active
+            federation.activate(request.version, expected)
+        return ActivateReleaseResponse(version=federation.releases.active, previous=previous)
 
     async def SetStanding(self, request: SetStandingRequest, context: _Context) -> SetStandingResponse:
         """See operator.proto."""

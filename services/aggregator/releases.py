@@ -6,13 +6,14 @@ import sqlite3
 from collections.abc import Sequence
 
 from feddymem.memory import MemoryBank
+from feddymem.v1.operator_pb2 import KeptRelease
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import State
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
-from services.runtime.errors import Refusal, not_found
+from services.runtime.errors import Refusal, data_loss, not_found, precondition
 from services.runtime.logs import get_logger
 from services.runtime.publisher import Publisher
 
@@ -54,6 +55,10 @@ class Releases:
         """Version of the release that inference services score with; 0 for none."""
         return self._state.held(self._name) or self.newest
 
+    def kept(self) -> list[KeptRelease]:
+        """What an operator chooses from: all that can be activated, oldest first."""
+        return [self._describe(self._kept[version]) for version in self.versions]
+
     def find(self, version: int) -> Release | None:
         """A release; None where it is not kept."""
         return self._kept.get(version)
@@ -72,7 +77,7 @@ class Releases:
         except Refusal as refusal:
             raise DamagedReleaseError(
                 f"release {version} of federation {self._name!r} cannot be read: {refusal.text}; restore a backup, or "
-                "activate another release (`feddymem operator activate`), from which the round starts then"
+                "activate another release (`feddymem release activate`), from which the round starts then"
             ) from refusal
 
     def readable(self, version: int) -> bool:
@@ -94,17 +99,38 @@ class Releases:
             _log.error("prune_failed", federation=self._name, reason=str(error))
         self._publish()
 
-    def activate(self, version: int) -> None:
+    def activate(self, version: int, expected: int | None) -> None:
         """See operator.proto.
 
         Raises:
-            Refusal: NOT_FOUND, see there.
+            Refusal: NOT_FOUND, FAILED_PRECONDITION or DATA_LOSS, see there.
         """
+        if expected not in (None, self.active):
+            raise precondition(
+                f"release {self.active or 'none'} of federation {self._name!r} is active by now, not "
+                f"{expected or 'none'}; nothing was changed, look again (`feddymem release list`)"
+            )
         if version and version not in self._kept:
             kept = ", ".join(map(str, self.versions)) or "none"
             raise not_found(f"federation {self._name!r} has no release {version}; it has {kept}")
+        if version and not self.readable(version):  # inference services would stay with what they have
+            raise data_loss(
+                f"release {version} of federation {self._name!r} is damaged on the disk; activate another one"
+            )
         self._state.set_held(self._name, version)
         self._publish()
+
+    def _describe(self, release: Release) -> KeptRelease:
+        opened = self._state.opened_round(self._name, release.version)
+        reasons = self._state.quarantine(self._name, release.version)
+        return KeptRelease(
+            version=release.version,
+            created=release.created,
+            base=0 if opened is None else opened.base,
+            sites=sorted(site for site, reason in reasons.items() if not reason),
+            images=release.provenance.images,
+            items=release.arrays[0].shape[0],
+        )
 
     def _publish(self) -> None:
         active = self.find(self.active)

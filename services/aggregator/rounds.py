@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from feddymem.outliers import Outlier
@@ -35,6 +35,8 @@ WAITS_FOR_SECONDS = 2
 AGGREGATION_RETRY_SECONDS = 10
 """Pause before a round that failed is tried again, at most (an operator's decision ends it): whoever has made room on
 the disk sees soon that it was enough."""
+_NOT_LET = "the site might not take part any more"
+"""Why a bank does not count that came before its site was banned, or taken off the list."""
 
 _log = get_logger()
 
@@ -235,7 +237,7 @@ class Rounds:
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
         self._judged = inputs
-        self._quarantine(merged.outliers)
+        self._quarantine(merged.outliers, inputs.banks)
         if len(inputs.banks) - len(merged.outliers) < self._settings.quorum:
             return False
         draft = Release(
@@ -268,10 +270,11 @@ class Rounds:
             trusted=frozenset(site for site in banks if self._members.admitted(site)),
         )
 
-    def _quarantine(self, outliers: Iterable[Outlier]) -> None:
+    def _quarantine(self, outliers: Iterable[Outlier], judged: Container[str]) -> None:
         """Writes which banks of the round do not count; all were judged anew, with those that have come since."""
         reasons = {outlier.site: outlier.reason for outlier in outliers}
-        self._state.set_quarantine(self._name, self.number, reasons)
+        others = (site for site in self._state.quarantine(self._name, self.number) if site not in judged)
+        self._state.set_quarantine(self._name, self.number, {**dict.fromkeys(others, _NOT_LET), **reasons})
         for site, reason in reasons.items():
             _log.warning("bank_quarantined", federation=self._name, site=site, round=self.number, reason=reason)
 

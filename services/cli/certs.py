@@ -82,10 +82,15 @@ def issue(
         identity = identity_from_uri(Identity(role, name).uri)
         authority_key = load_pem_private_key((folder / AUTHORITY_KEY).read_bytes(), None)
         authority_pem = (folder / AUTHORITY).read_bytes()
-        authority_certificate = x509.load_pem_x509_certificate(authority_pem)
+        authorities = x509.load_pem_x509_certificates(authority_pem)
     except (OSError, ValueError) as error:
         fail(f"{error}; `feddymem certs authority {folder}` makes an authority", USAGE)
     assert isinstance(authority_key, ec.EllipticCurvePrivateKey), "as `authority` makes it"
+    # While one authority replaces another, the file has the certificates of both.
+    own = (each for each in authorities if each.public_key() == authority_key.public_key())
+    authority_certificate = next(own, None)
+    if authority_certificate is None:
+        fail(f"{folder / AUTHORITY} has no certificate of the key in {AUTHORITY_KEY}; put it back", USAGE)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{role} {name}")])
     certificate = (

@@ -21,6 +21,7 @@ from services.cli.certs import certs
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
 from services.cli.failures import fail
 from services.cli.operator import operator
+from services.cli.release import release
 
 # OpenMP threads that wait shall sleep soon, not spin: torch's would hold the cores that OpenVINO's threads need, and
 # beside another busy process one forward pass took 2,000 ms instead of 45. Sleeping at once (0) makes torch's many
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(certs, name="certs")
+app.add_typer(release, name="release")
 app.add_typer(operator, name="operator")
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

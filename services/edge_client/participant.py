@@ -230,7 +230,8 @@ class Participant:
         if patches.images != self._joined_images:  # as `feddymem status` shows it
             await self._join(aggregator)
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
-        generator = self._load_generator() if method.generator else None
+        # Without a memory the federation begins, or begins anew with an aggregator that has lost its disk.
+        generator = self._load_generator() if method.generator and memory is not None else None
         with metrics.UPDATE_SECONDS.time():
             update = await self._computing.run(
                 local_update,

@@ -28,8 +28,8 @@ from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message
 
 GENERATORS_KEPT = 11
-"""Memory generators of each site, the newest: for the releases that an aggregator keeps by default, any of which may be
-activated again, and for the round that is open."""
+"""Memory generators of each site, the last that came: for the releases that an aggregator keeps by default, any of
+which may be activated again, and for the round that is open."""
 
 _log = get_logger()
 _ANY_SITE = ""
@@ -44,12 +44,15 @@ class Active:
         federation: name of the federation.
         site: name of the site; empty where the release needs no memory generator.
         release: version of the release.
+        created: when it was made, in nanoseconds since the epoch; tells it from another one of this version, made by
+            an aggregator that has lost its disk.
         scorer: global memory and memory generator, ready to compute.
     """
 
     federation: str
     site: str
     release: int
+    created: int
     scorer: Scorer
 
 
@@ -176,10 +179,10 @@ class Registry:
             return [] if before is None else [before]
         known = self._generators.get((release.federation, release.site), [])
         same = [g for g in known if g.release.version == release.version]
-        others = [g for g in known if g.release.version != release.version]
-        by_version = sorted([*others, kept], key=_version)
-        self._generators[release.federation, release.site] = by_version[-GENERATORS_KEPT:]
-        return [*same, *by_version[:-GENERATORS_KEPT]]
+        # As they came: where the aggregator has lost its disk, versions begin anew, and the newest is not the highest.
+        came = [*(g for g in known if g.release.version != release.version), kept]
+        self._generators[release.federation, release.site] = came[-GENERATORS_KEPT:]
+        return [*same, *came[:-GENERATORS_KEPT]]
 
     async def _forget(self, replaced: list[Kept]) -> None:
         used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
@@ -193,7 +196,7 @@ class Registry:
         for active in built:
             before = self._active.get((federation, active.site))
             self._active[federation, active.site] = active
-            if before is None or before.release != active.release:
+            if before is None or (before.release, before.created) != (active.release, active.created):
                 metrics.SWAPS.labels(federation).inc()
                 metrics.RELEASE.labels(federation).set(active.release)
                 _log.info("release_active", federation=federation, site=active.site, release=active.release)
@@ -214,7 +217,7 @@ class Registry:
             scorer = Scorer(extractor, memory.content, network)
             for images in {1, self._settings.batch}:  # warm: the first requests must not pay for it
                 scorer.inspect(torch.zeros(images, 3, size, size))
-            built.append(Active(release.federation, site, release.version, scorer))
+            built.append(Active(release.federation, site, release.version, release.created.ToNanoseconds(), scorer))
         # What is loaded stays. With it, each full garbage collection goes through 400,000 objects and stops all threads
         # for 0.2 s, and comes so rarely that errors and the images in their frames pile up meanwhile.
         gc.collect()
@@ -228,7 +231,7 @@ class Registry:
         for (federation, site), generators in sorted(self._generators.items()):
             if federation != memory.federation:
                 continue
-            oldest, *later = generators
+            oldest, *later = sorted(generators, key=_version)
             if oldest.release.version > memory.version:  # near enough, and better than a line without scores
                 _log.warning(
                     "generator_newer_than_memory",

@@ -23,6 +23,7 @@ from feddymem.v1.operator_pb2 import (
     STANDING_ADMITTED,
     STANDING_BANNED,
     ActivateReleaseRequest,
+    ListReleasesRequest,
     RemoveSiteRequest,
     SetStandingRequest,
 )
@@ -58,8 +59,10 @@ def aggregator_calls(arrays: Iterable[bytes]) -> Calls:
         f"{federation}/WatchRounds": [[WatchRoundsRequest(**named, instance=INSTANCE)]],
         f"{federation}/UploadBank": [_upload(ITEMS * SPACE.channels), _upload(_PIECE_BYTES)],
         f"{federation}/GetStatus": [[GetStatusRequest()], [GetStatusRequest(federation=FEDERATION)]],
+        f"{operator}/ListReleases": [[ListReleasesRequest(federation=FEDERATION)]],
         f"{operator}/ActivateRelease": [
-            [ActivateReleaseRequest(federation=FEDERATION, version=version)] for version in (0, 1)
+            [ActivateReleaseRequest(federation=FEDERATION, version=version, expected=expected)]
+            for version, expected in ((0, None), (1, 0))
         ],
         f"{operator}/SetStanding": [
             [SetStandingRequest(**named, standing=standing)] for standing in (STANDING_ADMITTED, STANDING_BANNED)

@@ -11,7 +11,7 @@ from services.demo.processes import Fleet, RunningService
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import make_bank
 from tests.integration.test_aggregator import current_release, refused
-from tests.integration.test_operator import METHOD, joined, memory_of, operate, play, status
+from tests.integration.test_operator import METHOD, activate, joined, memory_of, operate, play, status
 
 
 def damage(running: RunningService, folder: str) -> None:
@@ -63,9 +63,9 @@ def test_a_round_whose_base_was_damaged_starts_from_the_release_that_an_operator
             lambda: "release 2 of federation 'parts' cannot be read" in running.log.read_text(), 30, "the error"
         )
         assert status(running).round == 3
-        assert operate(running, "activate", "1")[0] == 0
+        assert activate(running, "1")[0] == 0
         sites[0].wait_for(PHASE_OPEN, 4)
-        assert operate(running, "activate", "newest") == (0, "release 3 of parts is active\n")
+        assert activate(running, "newest") == (0, "release 3 of parts is active; before: 1\n")
         assert (
             len(memory_of(sites[0], GlobalMemory(arrays=current_release(sites[0]).arrays))) == 80
         )  # release 1 and two banks
@@ -81,8 +81,11 @@ def test_a_base_that_was_damaged_before_a_bank_was_made_is_left_as_well(start_ag
         for path in set(releases.iterdir()) - first:
             path.write_bytes(b"damaged")
         assert refused(lambda: memory_of(sites[0], base))[0] is grpc.StatusCode.DATA_LOSS
-        assert operate(running, "activate", "1")[0] == 0
+        assert activate(running, "1")[0] == 0
         assert sites[0].wait_for(PHASE_OPEN, 3).memory.version == 1
+        code, said = activate(running, "2")
+        assert (code, "release 2 of federation 'parts' is damaged" in said) == (3, True)
+        assert status(running).release == 1
 
 
 def test_what_is_no_bank_is_not_accepted_as_one_of_a_round_long_closed(start_aggregator: StartAggregator) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -34,11 +37,15 @@ def feddymem(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def operate(running: RunningService, action: str, *names: str) -> tuple[int, str]:
+def operate(running: RunningService, action: str, *names: str, of: str = "operator") -> tuple[int, str]:
     """Exit code and what was said."""
-    run = feddymem("operator", action, "parts", *names, "--server", running.grpc)
+    run = feddymem(of, action, "parts", *names, "--server", running.grpc)
     assert "Traceback" not in run.stderr
     return run.returncode, run.stdout + run.stderr
+
+
+def activate(running: RunningService, version: str, *flags: str) -> tuple[int, str]:
+    return operate(running, "activate", version, *flags, of="release")
 
 
 def status(running: RunningService) -> FederationStatus:
@@ -75,7 +82,7 @@ def test_a_release_is_rolled_back_and_the_next_round_starts_from_it(start_aggreg
         play(sites, 2)
         watched = sites[0].releases.WatchReleases(WatchReleasesRequest(), timeout=TIMEOUT_SECONDS)
         assert next(watched).release.version == 2
-        assert operate(running, "activate", "1") == (0, "release 1 of parts is active\n")
+        assert activate(running, "1") == (0, "release 1 of parts is active and stays so; before: 2\n")
         assert next(watched).release.version == 1
         assert sites[0].wait_for(PHASE_OPEN, 3).memory.version == 2  # the sites have begun with it
         play(sites, 3)
@@ -84,18 +91,77 @@ def test_a_release_is_rolled_back_and_the_next_round_starts_from_it(start_aggreg
         assert sites[0].wait_for(PHASE_OPEN, 4).memory.version == 1
         memory = memory_of(sites[0], play(sites, 4))
         assert len(memory) == 40  # held: the active release, of 2 banks of 20 items
-        assert operate(running, "activate", "newest") == (0, "release 4 of parts is active\n")
+        assert activate(running, "newest") == (0, "release 4 of parts is active; before: 1\n")
         assert next(watched).release.version == 4
         assert len(memory_of(sites[0], play(sites, 5))) == 80  # its round had begun
         assert len(memory_of(sites[0], play(sites, 6))) == 100
         watched.cancel()
 
 
+def test_releases_are_listed_with_what_an_operator_chooses_by(start_aggregator: StartAggregator) -> None:
+    running = start_aggregator(quorum=1, keep_releases=2, method=METHOD)
+    assert operate(running, "list", of="release")[1].splitlines()[0].strip() == "parts: release none is active"
+    with joined(running, "a", "b") as (a, b):
+        play([a, b], 1)
+        play([a, b], 2)
+        assert operate(running, "rollback", of="release") == (
+            0,
+            "release 1 of parts is active and stays so; before: 2\n",
+        )
+        b.upload(make_bank(30), 3)
+        assert operate(running, "ban", "b")[0] == 0
+        play([a], 3)
+        play([a], 4)
+    before = datetime.datetime.now(datetime.UTC)
+    code, said = operate(running, "list", "--json", of="release")
+    listed = json.loads(said)
+    assert (code, listed["active"], listed["held"]) == (0, 1, True)
+    rows = [(each["version"], each["base"], each["sites"], each["images"]) for each in listed["releases"]]
+    assert rows == [(1, 0, ["a", "b"], "20"), (3, 2, ["a"], "10"), (4, 1, ["a"], "10")]
+    made = [datetime.datetime.fromisoformat(each["created"]) for each in listed["releases"]]
+    assert made == sorted(made)
+    assert before - made[-1] < datetime.timedelta(minutes=1)
+    assert listed["releases"][0]["items"] == "40"
+    table = operate(running, "list", of="release")[1]
+    assert "parts: release 1 is active, and stays so" in table
+    assert re.search(r" 1 +. active .* 4 +. newest ", table, re.DOTALL)
+
+
+def test_a_rollback_that_somebody_was_faster_than_changes_nothing(start_aggregator: StartAggregator) -> None:
+    running = start_aggregator(quorum=1, method=METHOD)
+    code, said = operate(running, "rollback", of="release")
+    assert (code, "kept: none" in said) == (3, True)
+    with joined(running, "a") as sites:
+        for number in (1, 2, 3):
+            play(sites, number)
+        bad = ["--if-active", "3"]
+        play(sites, 4)  # ends while an operator looks at release 3
+        code, said = operate(running, "rollback", *bad, of="release")
+        assert (code, "release 4 of federation 'parts' is active by now, not 3" in said) == (3, True)
+        assert activate(running, "2", *bad)[0] == 3
+        assert (status(running).release, status(running).release_held) == (4, False)
+        bad = ["--if-active", "4"]
+        assert (
+            operate(running, "rollback", *bad, of="release")[1]
+            == "release 3 of parts is active and stays so; before: 4\n"
+        )
+        assert operate(running, "rollback", *bad, of="release")[0] == 3  # the other operator says the same
+        assert status(running).release == 3
+        assert operate(running, "rollback", of="release")[0] == 0
+        assert operate(running, "rollback", of="release")[0] == 0
+        code, said = operate(running, "rollback", of="release")
+        assert (code, said) == (
+            3,
+            "feddymem: no release of parts before 1 is kept (kept: 1, 2, 3, 4); nothing was changed\n",
+        )
+        assert activate(running, "newest", "--if-active", "1") == (0, "release 4 of parts is active; before: 1\n")
+
+
 def test_what_does_not_exist_is_named(start_aggregator: StartAggregator) -> None:
     running = start_aggregator(quorum=1, method=METHOD)
-    code, said = operate(running, "activate", "7")
+    code, said = activate(running, "7")
     assert (code, "no release 7; it has none" in said) == (3, True)
-    code, said = operate(running, "activate", "-")
+    code, said = activate(running, "-")
     assert (code, "'-'" in said) == (2, True)
     code, said = operate(running, "remove", "nobody")
     assert (code, "'nobody'" in said) == (3, True)
@@ -108,7 +174,7 @@ def test_a_rollback_and_what_was_said_of_sites_outlive_a_kill(fleet: Fleet, star
     with joined(running, "a", "b") as sites:
         play(sites, 1)
         play(sites, 2)
-    assert operate(running, "activate", "1")[0] == 0
+    assert activate(running, "1")[0] == 0
     assert operate(running, "ban", "c")[0] == 0
     assert operate(running, "admit", "b")[0] == 0
     fleet.kill("aggregator")
@@ -225,7 +291,7 @@ def test_old_releases_go_and_what_is_active_stays(fleet: Fleet, start_aggregator
     with joined(running, "a", "b") as sites:
         play(sites, 1)
         play(sites, 2)
-        assert operate(running, "activate", "1")[0] == 0
+        assert activate(running, "1")[0] == 0
         play(sites, 3)
         play(sites, 4)
         assert list(status(running).releases) == [1, 3, 4]

@@ -64,6 +64,7 @@ ALLOWED = {
     ("aggregator", "WatchRounds"): {Role.SITE},
     ("aggregator", "UploadBank"): {Role.SITE},
     ("aggregator", "GetStatus"): {Role.SITE, Role.OPERATOR},
+    ("aggregator", "ListReleases"): {Role.OPERATOR},
     ("aggregator", "ActivateRelease"): {Role.OPERATOR},
     ("aggregator", "SetStanding"): {Role.OPERATOR},
     ("aggregator", "RemoveSite"): {Role.OPERATOR},

@@ -44,7 +44,7 @@ class FakeRegistry:
         if federation == "moon":
             raise not_found("no such federation")
         scorer: Any = SimpleNamespace(extractor=SimpleNamespace(feature_space=SPACE), typical_distance=1.0)
-        return Active("parts", "", 7, scorer)
+        return Active("parts", "", 7, 0, scorer)
 
 
 class FakeBatcher:

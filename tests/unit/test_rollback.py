@@ -124,6 +124,19 @@ async def test_as_many_generators_are_kept_as_releases_can_be_activated_and_one_
     assert line.pair() == (1, 4)
 
 
+async def test_a_federation_that_begins_anew_is_followed_from_its_first_round_on(line: Line) -> None:
+    for version in range(1, GENERATORS_KEPT + 4):
+        await line.generator(version)
+        await line.memory(version)
+    for version in (1, 2):  # the aggregator has lost its disk
+        await line.generator(version)
+        assert line.pair()[0] == (GENERATORS_KEPT + 3 if version == 1 else 1)
+        await line.memory(version)
+        assert line.pair() == (version, version)
+        await line.restart()
+        assert line.pair() == (version, version)
+
+
 async def test_an_untrained_generator_takes_the_place_of_no_trained_one(line: Line) -> None:
     await line.generator(2)
     await line.memory(2)

@@ -236,3 +236,19 @@ def test_a_server_of_many_names(authority: Authority) -> None:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == hosts[:3]
     assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == hosts[3:]
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_an_authority_that_replaces_another_issues_whatever_the_order_in_its_file(
+    tmp_path: Path, authority: Authority, own_first: bool
+) -> None:
+    other = Authority(tmp_path / "other")
+    own, others = ((each.folder / AUTHORITY).read_bytes() for each in (authority, other))
+    (authority.folder / AUTHORITY).write_bytes(own + others if own_first else others + own)
+    issued = authority.issue(Role.SITE, "berlin")
+    certificate = x509.load_pem_x509_certificate((issued / CERTIFICATE).read_bytes())
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(own))
+    assert (issued / AUTHORITY).read_bytes() == (authority.folder / AUTHORITY).read_bytes()
+    (authority.folder / AUTHORITY).write_bytes(others)
+    result = CliRunner().invoke(certs, ["issue", str(authority.folder), "site", "rome"])
+    assert (result.exit_code, "no certificate of the key" in result.stderr) == (USAGE, True)

@@ -120,7 +120,7 @@ class FakeScorer:
 
 
 def active(extractor: Extractor, more: float = 0.0) -> Active:
-    return Active("parts", "", 1, cast(Scorer, FakeScorer(extractor, more)))
+    return Active("parts", "", 1, 0, cast(Scorer, FakeScorer(extractor, more)))
 
 
 def image(number: int) -> EncodedImage:
