@@ -23,7 +23,8 @@ PUBLISH_SECONDS = 1
 """Until Services know that a pod is ready, or is no more; in a real cluster it takes about as long."""
 _RECONCILE_SECONDS = 0.2
 _POLL_SECONDS = 0.1
-_END_SECONDS = 60
+_CRASHES = 4
+"""Restarts of a pod after which there is no more waiting."""
 
 
 class Cluster:
@@ -49,7 +50,7 @@ class Cluster:
 
     def __enter__(self) -> Self:
         self._services.__enter__()
-        self._thread = threading.Thread(target=self._control, name="controllers")
+        self._thread = threading.Thread(target=self._control, name="controllers", daemon=True)
         self._thread.start()
         return self
 
@@ -112,8 +113,9 @@ class Cluster:
         while not condition():
             if self._error:
                 raise self._error
-            if time.monotonic() > started + seconds:
-                raise TimeoutError(f"{what}: not after {seconds} s\n{self.state()}")
+            crashing = any(pod.restarts >= _CRASHES for pod in self.pods if not pod.gone)
+            if crashing or time.monotonic() > started + seconds:
+                raise TimeoutError(f"{what}: not after {time.monotonic() - started:.0f} s\n{self.state()}")
             time.sleep(_POLL_SECONDS)
         return time.monotonic() - started
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -63,7 +64,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     if not podman("images", "--quiet", "--filter", f"reference={IMAGE}"):
         pytest.fail(f"there is no image {IMAGE}; `make images` builds it, DEPLOY_IMAGE names another one")
     started = time.monotonic()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that everything is removed then, too
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Engine(IMAGE) as engine, Cluster(engine) as cluster:
             pictures = _fill(cluster, tmp_path_factory)
@@ -83,6 +84,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         for figure in _figures:
             terminalreporter.line(figure)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ends the run such that everything is removed, and that a second signal does not end that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fill(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:

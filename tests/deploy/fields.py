@@ -10,7 +10,6 @@ from tests.k8s.manifests import amount
 
 WITHOUT_EFFECT = {
     "Container.imagePullPolicy": "images are on the machine, and nothing is ever pulled",
-    "ContainerPort.protocol": "only TCP is known, which `Manifest` sees to",
     "DeploymentSpec.revisionHistoryLimit": "nobody goes back to an old revision but by applying it",
     "Kind.Namespace": "one run is one namespace; tests/k8s holds pods against its security level",
     "Kind.NetworkPolicy": "nothing enforces them here; tests/k8s/network.py says whether they allow what is needed",

@@ -323,6 +323,7 @@ def _variable(fields: Fields) -> tuple[str, str]:
 
 def _port(fields: Fields) -> tuple[str, int]:
     with fields:
+        fields.only("protocol", "TCP", default="TCP")
         return fields.need("name"), int(fields.need("containerPort"))
 
 

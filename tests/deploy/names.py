@@ -6,6 +6,7 @@ import asyncio
 import struct
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
+from typing import cast
 
 _HEADER = struct.Struct(">HHHHHH")
 _RECORD = struct.Struct(">HHHIH4s")
@@ -29,8 +30,7 @@ class NameServer(asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)  # which it is, and does not say
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """Called by asyncio."""

@@ -59,7 +59,7 @@ class Pod:
         self._folders = folders
         self._container = f"{LABEL}-{name}"
         self._told_to_end = threading.Event()
-        self._thread = threading.Thread(target=self._live, name=name)
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -76,7 +76,7 @@ class Pod:
         """Ends the pod as its deletion does: out of its Services at once, preStop, SIGTERM, in the end SIGKILL."""
         if not self.ending:
             self.ending, self.ready = True, False
-            threading.Thread(target=self._end, name=f"{self.name} ends").start()
+            threading.Thread(target=self._end, name=f"{self.name} ends", daemon=True).start()
 
     def abandon(self) -> None:
         """Ends the pod at once, when nobody needs it any more."""

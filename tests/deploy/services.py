@@ -29,6 +29,9 @@ Ready = Callable[[Service], list[tuple[str, dict[str, int]]]]
 class Services:
     """All Services of a cluster, and its DNS; a context.
 
+    Attributes:
+        name_server: address and port of the DNS.
+
     Args:
         address: where to answer questions for names.
         ready: who is behind a Service just now.
@@ -39,10 +42,11 @@ class Services:
         self._ready = ready
         self._services: dict[str, Service] = {}
         self._own: dict[str, str] = {}
+        self._open: list[asyncio.BaseTransport | asyncio.AbstractServer] = []
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="services")
+        self._thread = threading.Thread(target=self._loop.run_forever, name="services", daemon=True)
         self._thread.start()
         self._wait_for(self._serve_names())
         return self
@@ -80,9 +84,11 @@ class Services:
         return random.sample(addresses, len(addresses)) or None
 
     async def _serve_names(self) -> None:
-        await self._loop.create_datagram_endpoint(
+        names, _protocol = await self._loop.create_datagram_endpoint(
             lambda: NameServer(self.resolve), local_addr=(self._address, _DNS_PORT)
         )
+        self._open.append(names)
+        self.name_server = names.get_extra_info("sockname")
 
     async def _forward(self, service: Service, address: str, port: int, target: str | int) -> None:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,9 +106,11 @@ class Services:
                 return
             await asyncio.gather(_carry(reader, there[1]), _carry(there[0], writer))
 
-        await asyncio.start_server(connected, address, port)
+        self._open.append(await asyncio.start_server(connected, address, port))
 
     async def _end(self) -> None:
+        for each in self._open:
+            each.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
