@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.deploy.engine import Engine
+from tests.deploy.engine import Engine, remove_containers
 from tests.deploy.manifest import Manifest, Service, Workload, read
 from tests.deploy.pod import Pod
 from tests.deploy.services import Services, matching
@@ -23,6 +23,7 @@ PUBLISH_SECONDS = 1
 """Until Services know that a pod is ready, or is no more; in a real cluster it takes about as long."""
 _RECONCILE_SECONDS = 0.2
 _POLL_SECONDS = 0.1
+_END_SECONDS = 30
 _CRASHES = 4
 """Restarts of a pod after which there is no more waiting."""
 
@@ -61,6 +62,9 @@ class Cluster:
         self._thread.join()
         for pod in self.pods:
             pod.abandon()
+        remove_containers()
+        for pod in self.pods:
+            pod.join(_END_SECONDS)
         self._services.__exit__(kind, error, trace)
 
     def apply(self, objects: list[Object]) -> None:

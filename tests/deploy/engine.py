@@ -171,11 +171,16 @@ class Engine:
         call("ip", "address", "add", f"{self.gateway}/{self.subnet.prefixlen}", "dev", self._bridge)
 
 
-def remove_all() -> None:
-    """Removes all containers and the network that runs have made, and their folders."""
+def remove_containers() -> None:
+    """Removes all containers that runs have made."""
     containers = podman("ps", "--all", "--quiet", "--filter", f"label={LABEL}").split()
     if containers:
-        podman("rm", "--force", "--volumes", "--time", "0", *containers)
+        podman("rm", "--force", "--volumes", "--time", "0", "--ignore", *containers)
+
+
+def remove_all() -> None:
+    """Removes all containers and the network that runs have made, and their folders."""
+    remove_containers()
     for network in podman("network", "ls", "--quiet", "--filter", f"label={LABEL}").split():
         podman("network", "rm", "--force", network)
     for folder in Path("/var/tmp").glob(f"{LABEL}-*"):  # noqa: S108 - made by mkdtemp, and on disk where /tmp may not be

@@ -79,11 +79,13 @@ class Pod:
             threading.Thread(target=self._end, name=f"{self.name} ends", daemon=True).start()
 
     def abandon(self) -> None:
-        """Ends the pod at once, when nobody needs it any more."""
+        """Has nobody look after the pod any more: when its container ends, it stays so."""
         self.ending, self.ready = True, False
         self._told_to_end.set()
-        self._engine.signal(self._container, "KILL")
-        self._thread.join(30)
+
+    def join(self, seconds: float) -> None:
+        """Waits until nothing of it is left."""
+        self._thread.join(seconds)
 
     def kill(self) -> None:
         """Kills the container's process, as the kernel does when memory is short."""

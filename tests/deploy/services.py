@@ -5,6 +5,7 @@ of its own, from which a connection goes on to one of them, as of kube-proxy.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 import struct
@@ -104,7 +105,8 @@ class Services:
             except (OSError, TimeoutError):
                 _reset(writer)
                 return
-            await asyncio.gather(_carry(reader, there[1]), _carry(there[0], writer))
+            with contextlib.suppress(asyncio.CancelledError):  # at the end, and nobody waits for this task
+                await asyncio.gather(_carry(reader, there[1]), _carry(there[0], writer))
 
         self._open.append(await asyncio.start_server(connected, address, port))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,12 +37,17 @@ class Volumes:
             claims: names of the claims that its workload makes for it, by volume.
         """
         folders = {name: self.claim(claim) for name, claim in claims.items()}
+        self._pods.mkdir(parents=True, exist_ok=True)
+        own = Path(
+            tempfile.mkdtemp(prefix=f"{pod}-", dir=self._pods)
+        )  # a pod may come again under its name, with new ones
+        own.chmod(0o755)
         for name, volume in spec.volumes.items():
             if volume.kind == "claim":
                 folders[name] = self.claim(volume.source)
             else:
-                folders[name] = self._pods / pod / name
-                folders[name].mkdir(parents=True, mode=0o755)
+                folders[name] = own / name
+                folders[name].mkdir()
             if volume.kind == "configMap":
                 for file, text in self._settings[volume.source].items():
                     (folders[name] / file).write_text(text)
