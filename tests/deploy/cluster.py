@@ -94,12 +94,13 @@ class Cluster:
         return [pod for pod in self._present(workload) if not pod.ending]
 
     def settled(self) -> bool:
-        """Whether all workloads have the pods that they should, and nothing is on its way."""
+        """Whether all workloads have the pods that they should, and Services know of them and of no others."""
         with self._lock:
             workloads = list(self._manifest.workloads.values())
-            return all(
-                len(self._present(workload.name)) == workload.replicas
-                and all(pod.ready and pod.revision == workload.revision for pod in self._present(workload.name))
+            present = {workload.name: self._present(workload.name) for workload in workloads}
+            return self._published == [pod for pod in self.pods if pod.ready] and all(
+                len(present[workload.name]) == workload.replicas
+                and all(pod.ready and pod.revision == workload.revision for pod in present[workload.name])
                 for workload in workloads
             )
 

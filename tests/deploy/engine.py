@@ -35,7 +35,13 @@ def why_not() -> str:
     if os.geteuid():
         return "containers need root here"
     missing = [tool for tool in ("podman", "runc", "netavark", "ip", "iptables", "nsenter") if not _found(tool)]
-    return f"{', '.join(missing)} not installed (docs: CONTRIBUTING.md)" if missing else ""
+    if missing:
+        return f"{', '.join(missing)} not installed; CONTRIBUTING.md has the packages"
+    try:
+        call("unshare", "--net", "--mount", "--pid", "--fork", "true")
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
 def _found(tool: str) -> bool:
