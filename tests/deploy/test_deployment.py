@@ -194,13 +194,14 @@ def test_everything_comes_back_after_a_power_cut(deployment: Deployment) -> None
     cluster = deployment.cluster
     present = [pod for pod in cluster.pods if not pod.gone]
     restarts = {pod.name: pod.restarts for pod in present}
+    release = total(pods(deployment)[0], RELEASE)
     for pod in present:
         pod.kill()
     back = lambda: all(pod.ready and pod.restarts == restarts[pod.name] + 1 for pod in present)  # noqa: E731
     seconds = cluster.wait(back, _SECONDS, "all pods again")
     deployment.measured(f"everything killed at once: all ready again after {seconds:.1f} s")
     with under_load(deployment, "after everything was killed"):
-        assert serves(deployment, 3)()
+        assert serves(deployment, int(release))()
 
 
 def test_nothing_was_done_by_force(deployment: Deployment) -> None:
