@@ -15,10 +15,10 @@ IMAGE ?= feddymem:$(VERSION)$(if $(filter cuda,$(VARIANT)),-cuda)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test fuzz soak check k8s-check format protos breaking lock images wheels bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test deploy-test fuzz soak check k8s-check format protos breaking lock images wheels bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed  ## Make the virtual environment from the locked versions (7 GB: PyPI's torch carries CUDA)
 
@@ -41,6 +41,9 @@ $(CLIENTS)/installed: requirements-clients.lock
 
 test: setup clients  ## Run all tests (those that need a GPU are skipped where there is none)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+deploy-test: setup  ## Build the image and run the dev overlay in containers, without a cluster: load, kills, updates (Debian, root)
+	tests/deploy/run.sh
 
 fuzz: setup  ## Send 10,000 malformed calls to real services, then look for more, guided by coverage; SECONDS_EACH=600
 	$(BIN)/python -m tests.fuzz.malformed --inputs 10000

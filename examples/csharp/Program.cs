@@ -43,7 +43,7 @@ public static class Program
             InitialBackoff = TimeSpan.FromSeconds(0.1),
             MaxBackoff = TimeSpan.FromSeconds(5),
             BackoffMultiplier = 4,
-            RetryableStatusCodes = { StatusCode.Unavailable, StatusCode.ResourceExhausted },
+            RetryableStatusCodes = { StatusCode.Unavailable, StatusCode.ResourceExhausted, StatusCode.Cancelled },
         };
         var method = new MethodConfig { Names = { MethodName.Default }, RetryPolicy = again };
         return GrpcChannel.ForAddress(server, new GrpcChannelOptions
