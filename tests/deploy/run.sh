@@ -27,4 +27,4 @@ reason=$("${engine[@]}" run --rm "${limits[@]}" --network none "$base" true 2>&1
 
 trap '"${engine[@]}" rmi --force --ignore "$image" > /dev/null' EXIT
 make images ENGINE="${engine[*]}" IMAGE="$image" BASE_IMAGE="$base" BUILD_FLAGS="${limits[*]} --layers=false --network none"
-DEPLOY_IMAGE=$image .venv/bin/python -m pytest tests/deploy --run-deploy "$@"
+DEPLOY_IMAGE=$image .venv/bin/python -m pytest tests/deploy -m deploy
