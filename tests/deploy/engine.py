@@ -21,6 +21,7 @@ _LOCK = Path("/run/lock/feddymem-deploy-test")
 _RUN = ("run", "--runtime", "runc", "--ulimit", "nofile=20000:20000", "--ulimit", "nproc=32768:32768")
 """crun cannot cope with hybrid cgroups, and Podman would ask for higher limits than a machine may set."""
 _ENV = "/usr/bin/env"
+_HARDWARE_ADDRESS = "02:00:00:00:00:01"
 _SECONDS = 60
 _GRACE = 30
 """For everything to be removed: a machine may be busy."""
@@ -174,6 +175,8 @@ class Engine:
         # The bridge is there for as long as somebody is connected; the machine itself is not until it is told to.
         keep = ["--detach", "--label", LABEL, "--network", LABEL, "--ip", str(self.subnet[2]), "--pull", "never"]
         podman(*_RUN, *keep, "--entrypoint", "sleep", self._image, "infinity")
+        # Else it has the hardware address of one of its containers until that ends, and the others look for it in vain.
+        call("ip", "link", "set", "dev", self._bridge, "address", _HARDWARE_ADDRESS)
         call("ip", "address", "add", f"{self.gateway}/{self.subnet.prefixlen}", "dev", self._bridge)
 
 

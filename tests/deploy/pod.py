@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import threading
 import time
@@ -16,6 +17,8 @@ from tests.deploy.volumes import size
 
 _BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 10, 300
 """Pause before the second restart, and the longest; the first one is at once."""
+_log = logging.getLogger(__name__)
+
 _MEASURE_SECONDS = 10
 """Between two looks at what a pod has written."""
 
@@ -124,12 +127,14 @@ class Pod:
         network = network_arguments(self.address, self._engine.gateway)
         arguments = [*network, *pod_arguments(self.name, self.spec, self._folders)]
         self.started = time.monotonic()
+        _log.info("%s: container starts at %s", self.name, self.address)
         process = self._engine.run(self._container, arguments, self.log)
         try:
             self._watch(process)
         finally:
             self.ready = False
             self.exits.append(process.wait())
+            _log.info("%s: container ended with %d", self.name, self.exits[-1])
             self._engine.remove(self._container)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
@@ -160,6 +165,8 @@ class Pod:
         return [Prober(probe, self.address) if probe else None for probe in probes]
 
     def _set_ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            _log.info("%s: %s", self.name, "ready" if ready else "not ready")
         self.ready = ready and not self.ending
         if self.ready and self.became_ready is None:
             self.became_ready = time.monotonic()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import socket
 import struct
@@ -17,6 +18,8 @@ from typing import Any, Self
 from tests.deploy.arguments import DOMAIN
 from tests.deploy.manifest import Service
 from tests.deploy.names import NameServer
+
+_log = logging.getLogger(__name__)
 
 _DNS_PORT = 53
 _SECONDS = 10
@@ -102,7 +105,8 @@ class Services:
                 # From the Service's address, so that a pod can tell it from its node.
                 to_pod = asyncio.open_connection(*random.choice(pods), local_addr=(address, 0))  # noqa: S311
                 there = await asyncio.wait_for(to_pod, _SECONDS)
-            except (OSError, TimeoutError):
+            except (OSError, TimeoutError) as error:
+                _log.info("%s: refused: %r", service.name, error)
                 _reset(writer)
                 return
             with contextlib.suppress(asyncio.CancelledError):  # at the end, and nobody waits for this task
