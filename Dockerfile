@@ -34,7 +34,10 @@ RUN python -m pip --python /opt/feddymem/bin/python install --no-cache-dir --no-
     && chmod --recursive a+rX /package
 
 FROM ${BASE_IMAGE}
-RUN groupadd --gid 10001 feddymem \
+# Nothing that runs needs pip, or a program that makes whoever starts it root.
+RUN rm -rf /usr/bin/pip* /usr/local/bin/pip* /usr/lib/python3/dist-packages/pip* /usr/local/lib/python3*/site-packages/pip* \
+    && find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
+    && groupadd --gid 10001 feddymem \
     && useradd --no-log-init --no-create-home --home-dir /tmp --uid 10001 --gid 10001 feddymem \
     && install --directory --owner 10001 --group 10001 /var/lib/feddymem
 # Two layers: a change of our code leaves the large one of the dependencies as it is.
@@ -48,7 +51,7 @@ ENV PATH=/opt/feddymem/bin:$PATH \
 USER 10001:10001
 WORKDIR /var/lib/feddymem
 VOLUME /var/lib/feddymem
-EXPOSE 7070 7071 7072 9070 9071 9072
+EXPOSE 7070 7071 7072 7080 7081 7082 9070 9071 9072
 ENTRYPOINT ["feddymem"]
 CMD ["--help"]
 

@@ -99,7 +99,7 @@ LOCK_FLAGS := --quiet --upgrade --strip-extras --allow-unsafe --no-header \
   --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
 images: wheels  ## Build the container image with podman or docker; VARIANT=cuda for NVIDIA GPUs, BASE_IMAGE=...
-	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --tag $(IMAGE) \
+	$(ENGINE) build --tag $(IMAGE) \
 	  --build-arg VARIANT=$(VARIANT) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
 

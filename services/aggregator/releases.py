@@ -113,9 +113,10 @@ class Releases:
         if version and version not in self._kept:
             kept = ", ".join(map(str, self.versions)) or "none"
             raise not_found(f"federation {self._name!r} has no release {version}; it has {kept}")
-        if version and not self.readable(version):  # inference services would stay with what they have
+        wanted = version or self.newest
+        if not self.readable(wanted):  # inference services would stay with what they have
             raise data_loss(
-                f"release {version} of federation {self._name!r} is damaged on the disk; activate another one"
+                f"release {wanted} of federation {self._name!r} is damaged on the disk; activate another one"
             )
         self._state.set_held(self._name, version)
         self._publish()

@@ -73,7 +73,7 @@ def test_everything_starts_and_a_federation_is_done(deployment: Deployment) -> N
 def test_pods_reach_nothing_but_the_cluster(deployment: Deployment) -> None:
     for pod in deployment.cluster.pods:
         routes = pod.inside("cat", "/proc/net/route").splitlines()[1:]
-        assert [route.split()[1] for route in routes if route.split()[0] != "lo"] != []
+        assert any(route.split()[0] != "lo" for route in routes)
         assert not any(route.split()[1] == "00000000" for route in routes), "there is a default route"
     program = (
         "import socket, sys\n"
@@ -163,7 +163,7 @@ def test_inspections_go_on_without_the_aggregator(deployment: Deployment) -> Non
 
 
 def test_a_rolling_update_to_a_new_image(deployment: Deployment) -> None:
-    following = f"{deployment.image.rpartition(':')[0]}:deploy-test-next"
+    following = f"{deployment.image}-next"
     deployment.engine.tag(deployment.image, following)
     deployment.overlay.replicas[INFERENCE] = 2
     before = {pod.name for pod in pods(deployment)}

@@ -38,9 +38,8 @@ class Volumes:
         """
         folders = {name: self.claim(claim) for name, claim in claims.items()}
         self._pods.mkdir(parents=True, exist_ok=True)
-        own = Path(
-            tempfile.mkdtemp(prefix=f"{pod}-", dir=self._pods)
-        )  # a pod may come again under its name, with new ones
+        # A pod may come again under its name, with new ones.
+        own = Path(tempfile.mkdtemp(prefix=f"{pod}-", dir=self._pods))
         own.chmod(0o755)
         for name, volume in spec.volumes.items():
             if volume.kind == "claim":
