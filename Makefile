@@ -82,11 +82,12 @@ protos: setup  ## Generate feddymem/v1 and feddymem/openinference from protos/
 breaking: setup  ## Compare the contract with the one of BASE (default: the last commit); fails on a breaking change
 	cd protos && buf breaking --against '../.git#ref=$(or $(BASE),HEAD),subdir=protos'
 
-lock: setup  ## Lock the newest versions that pyproject.toml allows
-	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-cuda.lock pyproject.toml
+lock: setup  ## Lock the newest versions that pyproject.toml allows; PyTorch for CPUs stays at the one named here
+	$(BIN)/pip-compile $(LOCK_FLAGS) --generate-hashes --output-file requirements-cuda.lock pyproject.toml
 	mkdir -p $(OUT)
-	grep -Ev '^(torch|torchvision)==|^ ' requirements-cuda.lock > $(OUT)/as-cuda.txt
-	$(FOR_CPU) | $(BIN)/pip-compile $(LOCK_FLAGS) --no-annotate --constraint $(OUT)/as-cuda.txt --output-file requirements-cpu.lock -
+	sed -n 's/^\([^ ]*==[^ ]*\).*/\1/p' requirements-cuda.lock | grep -Ev '^(torch|torchvision)==' > $(OUT)/as-cuda.txt
+	$(FOR_CPU) | $(BIN)/pip-compile $(LOCK_FLAGS) --generate-hashes --no-annotate --constraint $(OUT)/as-cuda.txt \
+	  --output-file requirements-cpu.lock -
 	$(BIN)/pip-compile $(LOCK_FLAGS) --extra dev --extra evaluation --constraint requirements-cuda.lock --output-file requirements-dev.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-clients.lock requirements-clients.in
 	$(BIN)/pip-compile $(LOCK_FLAGS) --output-file requirements-peer.lock requirements-peer.in
