@@ -13,6 +13,7 @@ from tests.k8s.scaling import autoscaler_problems, budget_problems, monitor_prob
 from tests.k8s.schemas import VERSIONS, schema_problems
 from tests.k8s.structure import (
     account_problems,
+    kind_problems,
     name_problems,
     quantity_problems,
     reference_problems,
@@ -24,6 +25,7 @@ TRUSTED_NETWORK = {"dev"}
 
 _CHECKS = (
     schema_problems,
+    kind_problems,
     name_problems,
     selector_problems,
     reference_problems,

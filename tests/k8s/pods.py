@@ -11,6 +11,10 @@ VERSION = feddymem.__version__
 GPU = "nvidia.com/gpu"
 PROBES = {"startupProbe": "liveness", "livenessProbe": "liveness", "readinessProbe": None}
 """And the name that each asks about."""
+POD_CONTEXT = {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "seccompProfile"}
+CONTAINER_CONTEXT = {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"}
+"""All that is said there; what a container says of itself would stand above what its pod says."""
+PORT = {"name", "containerPort", "protocol"}
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
 
 
@@ -33,6 +37,8 @@ def _pod(spec: Object) -> Iterator[str]:
         yield "may run as root"
     if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
         yield "seccompProfile is not RuntimeDefault"
+    for key in sorted(context.keys() - POD_CONTEXT):
+        yield f"{key} of a pod is unknown to the checks"
     for key in sorted({"hostNetwork", "hostPID", "hostIPC"} & spec.keys()):
         yield f"{key} is set"
 
@@ -51,6 +57,12 @@ def _container(box: Object) -> Iterator[str]:
         yield "root filesystem is writable"
     if context.get("capabilities") != {"drop": ["ALL"]}:
         yield "capabilities other than none"
+    for key in sorted(context.keys() - CONTAINER_CONTEXT):
+        yield f"{key} of a container is unknown to the checks"
+    for key in sorted({key for port in box.get("ports", []) for key in port} - PORT):
+        yield f"{key} of a port is unknown to the checks"
+    if "envFrom" in box or any("valueFrom" in variable for variable in box.get("env", [])):
+        yield "envFrom and valueFrom are unknown to the checks"
     yield from _resources(box)
     yield from _image(box)
     health = [port["containerPort"] for port in box.get("ports", []) if port["name"] == "health"]
@@ -70,6 +82,10 @@ def _resources(box: Object) -> Iterator[str]:
 
 def _image(box: Object) -> Iterator[str]:
     gpus = box.get("resources", {}).get("limits", {}).get(GPU, 0)
-    image = f"feddymem:{VERSION}-cuda" if gpus else f"feddymem:{VERSION}"
-    if box["image"] != image:
-        yield f"image is {box['image']}, not {image}"
+    expected = "feddymem-cuda" if gpus else "feddymem"
+    name, _, digest = box["image"].partition("@")
+    name, _, tag = name.rpartition("/")[2].partition(":")
+    if name != expected:
+        yield f"image is {box['image']}, not a {expected}"
+    if not digest and tag in ("", "latest"):
+        yield f"image {box['image']} has no fixed tag"

@@ -20,6 +20,11 @@ def budget_problems(objects: list[Object]) -> Iterator[str]:
             yield f"{title(budget)}: is for the pods of {len(found)} workloads"
         if not amount(budget["spec"].get("maxUnavailable")):
             yield f"{title(budget)}: no pod may ever be evicted"
+        elif amount(budget["spec"]["maxUnavailable"]) != 1:
+            yield f"{title(budget)}: more than one pod may be away at once"
+    for workload in of_kind(objects, "StatefulSet"):
+        if workload["spec"].get("replicas", 1) != 1:
+            yield f"{title(workload)}: has other than one pod, though only one may write its state"
     for workload in of_kind(objects, "Deployment"):
         if workload not in protected:
             yield f"{title(workload)}: has no disruption budget"

@@ -18,7 +18,7 @@ from kubernetes_validate import utils
 from tests.k8s.manifests import Object, title
 
 _KNOWN = list(dict.fromkeys(utils.all_versions()))
-VERSIONS = _KNOWN[-1], _KNOWN[-4]
+VERSIONS = _KNOWN[-1], next(version for version in _KNOWN if version.startswith("1.31"))
 
 
 def _fields(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:

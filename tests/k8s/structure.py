@@ -25,6 +25,25 @@ NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 
 
+KINDS = {
+    *WORKLOADS,
+    *("Namespace", "ServiceAccount", "ConfigMap", "PersistentVolumeClaim", "Service", "NetworkPolicy"),
+    *("PodDisruptionBudget", "HorizontalPodAutoscaler", "Certificate", "Issuer", "PodMonitor"),
+}
+"""Of what the checks know something; anything else could undo what they hold, as a Role could."""
+
+
+def kind_problems(objects: list[Object]) -> Iterator[str]:
+    """Objects that the checks know nothing of, and what in those that they know would pass unseen."""
+    for item in objects:
+        if item["kind"] not in KINDS:
+            yield f"{title(item)}: is of a kind that is unknown to the checks"
+    for policy in of_kind(objects, "NetworkPolicy"):
+        rules = [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
+        if any("endPort" in port for rule in rules for port in rule.get("ports", [])):
+            yield f"{title(policy)}: endPort is unknown to the checks"
+
+
 def name_problems(objects: list[Object]) -> Iterator[str]:
     """Names and labels that Kubernetes would refuse, and objects of other namespaces."""
     titles = [title(item) for item in objects]
@@ -62,10 +81,14 @@ def selector_problems(objects: list[Object]) -> Iterator[str]:
             if selected(objects, constraint.get("labelSelector", {})) != [workload]:
                 yield f"{title(workload)}: spreads other pods than its own over {constraint['topologyKey']}"
     for service in of_kind(objects, "Service"):
+        if service["spec"].get("publishNotReadyAddresses"):
+            yield f"{title(service)}: has callers find pods that are not ready"
         behind = served(objects, service)
         if len(behind) != 1:
             yield f"{title(service)}: selects the pods of {len(behind)} workloads"
             continue
+        if behind[0]["kind"] == "Deployment" and service["spec"].get("clusterIP") != "None":
+            yield f"{title(service)}: is not headless, so that each line stays with one pod"
         for port in service["spec"]["ports"]:
             if port.get("targetPort") not in ports(behind[0]):
                 yield f"{title(service)}: target port {port.get('targetPort')} is no named port of {title(behind[0])}"

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import feddymem
 from services.aggregator.settings import AggregatorSettings
 from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
 from tests.k8s import check
 from tests.k8s.check import TRUSTED_NETWORK, problems
 from tests.k8s.configuration import load_all
-from tests.k8s.manifests import COMPONENTS, K8S, OVERLAYS, Object, build, named, of_kind, title
+from tests.k8s.manifests import COMPONENTS, K8S, OVERLAYS, Object, build, containers, named, of_kind, title, workloads
 from tests.k8s.schemas import VERSIONS
 
 BASE = ["namespace", "network/aggregator", "network/site"]
@@ -85,9 +86,10 @@ def test_base_alone_does_not_start() -> None:
     assert all("is not a loopback address, and tls_dir is not set" in line for line in refused)
 
 
-def test_schemas_are_those_of_two_versions_a_year_apart() -> None:
-    newest, older = (int(version.split(".")[1]) for version in VERSIONS)
-    assert newest - older == 3
+def test_schemas_are_those_of_the_oldest_version_and_of_the_newest() -> None:
+    newest, oldest = VERSIONS
+    assert oldest.startswith("1.31")
+    assert newest.split(".") > oldest.split(".")
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
@@ -153,3 +155,25 @@ def test_command_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(check, "OVERLAYS", ["gone"])
     assert check.main() == 1
     assert "k8s/overlays/gone: 0 objects, wrong" in capsys.readouterr().out
+
+
+def test_the_images_of_our_overlays_are_of_this_version() -> None:
+    built = [each for name in OVERLAYS for each in workloads(build(K8S / "overlays" / name))]
+    found = {box["image"] for each in built for box in containers(each)}
+    assert found == {f"{name}:{feddymem.__version__}" for name in ("feddymem", "feddymem-cuda")}
+
+
+def test_a_registry_may_be_named_for_both_kinds_of_images(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    kustomization = tmp_path / "k8s" / "overlays" / "prod" / "kustomization.yaml"
+    both = ("feddymem", "feddymem-cuda")
+    names = [{"name": name, "newName": f"registry.example.org/{name}", "newTag": "1"} for name in both]
+    kustomization.write_text(kustomization.read_text() + yaml.safe_dump({"images": names}))
+    objects = build(kustomization.parent)
+    images = {title(each): box["image"].rpartition("/")[2] for each in workloads(objects) for box in containers(each)}
+    assert problems(objects) == []
+    assert images == {
+        "StatefulSet/aggregator": "feddymem:1",
+        "StatefulSet/edge-client-site-a": "feddymem-cuda:1",
+        "Deployment/inference-site-a": "feddymem:1",
+    }
