@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import services.runtime.rpc
 import services.runtime.tls
 from tests.monitoring.cases import CASES, MINUTES, TARGET, Case
 from tests.monitoring.prometheus_rule import OBJECT, ROOT, RULES, generate
+from tests.monitoring.promtool import promtool
 
 GROUPS: list[dict[str, Any]] = yaml.safe_load(RULES.read_text())["groups"]
 ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
@@ -43,16 +43,6 @@ TARGETS = {
 """Labels that the Prometheus of a cluster gives by our PodMonitor, and one without Kubernetes; the last is of an
 aggregator."""
 MAX_SERIES = 500
-
-
-def promtool(*arguments: str, text: str | None = None) -> str:
-    """What promtool says; fails where that is not all."""
-    found = shutil.which("promtool")
-    if found is None:
-        pytest.skip("promtool is missing: Debian's package `prometheus` has it")
-    done = subprocess.run([found, *arguments], input=text, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def series(key: str, targets: list[dict[str, str]]) -> str:
@@ -102,6 +92,12 @@ def test_alert_has_a_case_of_both_kinds(alert: str) -> None:
     assert {case.summary is None for case in CASES if case.alert == alert} == {True, False}
 
 
+def test_labels_of_the_cases_are_those_that_the_monitor_gives() -> None:
+    monitor = yaml.safe_load((OBJECT.parent / "monitor.yaml").read_text())
+    given = {re.sub(r"[^a-z]", "_", label) for label in monitor["spec"]["podTargetLabels"]}
+    assert given | {"job", "instance", "namespace", "pod"} == set(TARGET)
+
+
 def test_cases_are_of_alerts_that_there_are() -> None:
     assert {case.alert for case in CASES} <= ALERTS.keys()
     assert set(TARGET) == set(TARGETS["kubernetes"][0])
@@ -140,6 +136,15 @@ def test_rules_are_of_metrics_buckets_and_recordings_that_there_are() -> None:
             assert used or "record" in rule
     bounds = services.inference.metrics.DURATION._upper_bounds
     assert {float(each) for each in re.findall(r'le="([\d.]+)"', RULES.read_text())} <= set(bounds)
+
+
+def test_recordings_come_before_the_alerts_of_them_in_one_group() -> None:
+    """Prometheus evaluates the rules of a group in their order, and groups in none."""
+    for group in GROUPS:
+        recorded: set[str] = set()
+        for rule in group["rules"]:
+            assert {record for record in RECORDS if record in rule["expr"]} <= recorded
+            recorded.add(rule.get("record", ""))
 
 
 def test_object_of_the_operator_has_the_same_rules() -> None:
