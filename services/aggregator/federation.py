@@ -57,6 +57,7 @@ class Federation:
         arrays: ArrayStore,
         publisher: Publisher,
     ) -> None:
+        metrics.show_settings(name, settings.quorum, settings.round_deadline_seconds)
         self.name, self.settings = name, settings
         self._state = state
         self.members = Members(name, settings, state)
@@ -89,6 +90,7 @@ class Federation:
         self.members.require_joined(header.site, header.instance)
         fingerprint = self._require_feature_space().fingerprint
         if header.fingerprint != fingerprint:
+            self._count_refused("fingerprint")
             raise precondition(
                 f"bank has fingerprint {header.fingerprint[:64]}, federation {self.name!r} has {fingerprint}; "
                 "call Join with the feature space of the bank to see what differs"
@@ -98,15 +100,17 @@ class Federation:
         if accepted is not None and header.arrays and list(accepted.header.arrays) == list(header.arrays):
             return True
         if self.rounds.phase != PHASE_OPEN or header.round != self.rounds.number:
-            metrics.BANKS_REFUSED.labels(self.name, "late").inc()
+            self._count_refused("late")
             raise precondition(
                 f"round {header.round} of federation {self.name!r} is not open (round {self.rounds.number} is "
                 f"{Phase.Name(self.rounds.phase).removeprefix('PHASE_').lower()}); join its next round"
             )
         if accepted is not None:
+            self._count_refused("duplicate")
             raise exists(f"another bank of site {header.site!r} is accepted for round {header.round} already")
-        check_images(header.images)
-        check_manifests(header.arrays, self.settings.method, self._space())
+        with self._counted_if_invalid():
+            check_images(header.images)
+            check_manifests(header.arrays, self.settings.method, self._space())
         return False
 
     async def accept(self, header: BankHeader) -> None:
@@ -116,11 +120,8 @@ class Federation:
             Refusal, InvalidBankError: as in check_header, or for values that no honest site would make.
         """
         space = self._space()
-        try:
+        with self._counted_if_invalid():
             items = await asyncio.to_thread(self._check_values, header, space)
-        except (Refusal, InvalidBankError):
-            metrics.BANKS_REFUSED.labels(self.name, "invalid").inc()
-            raise
         if self.check_header(header):  # again: the round may have closed, or another stream may have been first
             return
         received = self.uploads.received_bytes(header)
@@ -182,6 +183,17 @@ class Federation:
             releases=self.releases.versions,
             release_held=self.releases.held,
         )
+
+    @contextmanager
+    def _counted_if_invalid(self) -> Iterator[None]:
+        try:
+            yield
+        except (Refusal, InvalidBankError):
+            self._count_refused("invalid")
+            raise
+
+    def _count_refused(self, reason: str) -> None:
+        metrics.BANKS_REFUSED.labels(self.name, reason).inc()
 
     def _check_values(self, header: BankHeader, space: FeatureSpace) -> int:
         bank = self.uploads.bank(header)

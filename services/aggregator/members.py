@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,12 +47,22 @@ class Members:
         self._present: dict[str, Presence] = {}
         # Whether a site that was there before a restart comes back is not known yet.
         self._left = dict.fromkeys(self.joined, time.monotonic())
+        self._quarantined = {site for site, (_number, reason) in state.last_banks(name).items() if reason}
+        self._named: set[str] = set()
+        for site in sorted({*settings.sites, *self._instances}):
+            self._show(site)
+        self._show_known()
         metrics.SITES_PRESENT.labels(name).set(0)
 
     @property
     def joined(self) -> list[str]:
         """Sites that have joined, are on the list and not banned."""
         return [site for site in self._instances if self.counts(site)]
+
+    @property
+    def expected(self) -> list[str]:
+        """Sites that are to take part: those on the list or, where there is none, all that have joined."""
+        return [site for site in self._settings.sites or self._instances if self._expects(site)]
 
     def listed(self, site: str) -> bool:
         """Whether a site is one of the federation's."""
@@ -94,6 +104,8 @@ class Members:
         self._instances[request.site] = request.instance
         self._removed.discard(request.site)
         self._left.setdefault(request.site, time.monotonic())
+        self._show(request.site)
+        self._show_known()
 
     def require_joined(self, site: str, instance: str) -> None:
         """Checks that an edge client speaks for a site that has joined.
@@ -116,6 +128,7 @@ class Members:
         presence = self._present[site] = Presence(site, instance)
         self._left.pop(site, None)
         metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
+        self._show(site)
         try:
             yield presence
         finally:
@@ -142,9 +155,7 @@ class Members:
 
         For one that is there, or has not come yet, for as long as the round; for one that has gone, `grace_seconds`.
         """
-        now = time.monotonic()
-        expected = self._settings.sites or self.joined
-        names = [site for site in expected if self.counts(site) and site not in self._removed]
+        now, names = time.monotonic(), self.expected
         ends = {site: self._left[site] + self._settings.grace_seconds - now for site in names if site in self._left}
         return {site: ends.get(site, float("inf")) for site in names if ends.get(site, 1) > 0}
 
@@ -156,6 +167,8 @@ class Members:
             raise invalid(f"standing is {standing}; expected JUDGED (1), ADMITTED (2) or BANNED (3)")
         self._state.put_standing(self._name, site, standing)
         self._standings[site] = standing
+        self._show(site)
+        self._show_known()
 
     def remove(self, site: str, round_number: int) -> None:
         """See operator.proto."""
@@ -164,12 +177,41 @@ class Members:
         self._state.remove_site(self._name, site, round_number)
         del self._instances[site]
         self._removed.add(site)
+        self._quarantined.discard(site)
         self._left.pop(site, None)
+        self._show(site)
+        self._show_known()
+
+    def show_quarantine(self, outlying: Collection[str], sites: Iterable[str]) -> None:
+        """Shows of which sites the bank of a round is left out, of those that have one."""
+        for site in sites:
+            (self._quarantined.add if site in outlying else self._quarantined.discard)(site)
+            self._show(site)
+
+    def _show(self, site: str) -> None:
+        """Shows how a site stands."""
+        if not self._expects(site):
+            self._named.discard(site)
+            metrics.SITE_PRESENT.remove(self._name, site)
+            metrics.SITE_QUARANTINED.remove(self._name, site)
+        elif site in self._named or len(self._named) < metrics.NAMED_SITES:
+            self._named.add(site)
+            quarantined = site in self._quarantined and not self.admitted(site)
+            metrics.SITE_PRESENT.labels(self._name, site).set(self.present(site))
+            metrics.SITE_QUARANTINED.labels(self._name, site).set(quarantined)
+
+    def _show_known(self) -> None:
+        metrics.SITES_KNOWN.labels(self._name).set(len(self.expected))
+
+    def _expects(self, site: str) -> bool:
+        known = bool(self._settings.sites) or site in self._instances
+        return known and self.counts(site) and site not in self._removed
 
     def _leave(self, site: str) -> None:
         del self._present[site]
         self._left[site] = time.monotonic()
         metrics.SITES_PRESENT.labels(self._name).set(len(self._present))
+        self._show(site)
 
     def _require_counts(self, site: str) -> None:
         if not self.listed(site):

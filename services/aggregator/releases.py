@@ -136,6 +136,9 @@ class Releases:
     def _publish(self) -> None:
         active = self.find(self.active)
         metrics.RELEASE.labels(self._name).set(self.active)
+        newest = self.find(self.newest)
+        if newest is not None:
+            metrics.RELEASE_CREATED.labels(self._name).set(newest.created.ToMilliseconds() / 1000)
         if active is not None:
             metrics.MEMORY_ITEMS.labels(self._name).set(active.arrays[0].shape[0])
             self._publisher.publish(active, self._kept.values())

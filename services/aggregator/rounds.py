@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from feddymem.outliers import Outlier
@@ -73,6 +73,7 @@ class Rounds:
         self._told: tuple[int, int] | None = None
         self._telling: asyncio.TimerHandle | None = None
         self.forget_banks()
+        metrics.show_phase(name, self.phase)
 
     @property
     def phase(self) -> Phase.ValueType:
@@ -116,6 +117,7 @@ class Rounds:
         if at_once:
             self._decisions.notify()
         now = self.phase, self.number
+        metrics.show_phase(self._name, now[0])
         if at_once or now != self._told:
             self._told = now
             self._tell()
@@ -183,6 +185,7 @@ class Rounds:
             opened = self._state.open_round(self._name, self.number, self._releases.active)
             _log.info("round_open", federation=self._name, round=self.number, base=opened.base)
         metrics.ROUND.labels(self._name).set(self.number)
+        metrics.ROUND_OPENED.labels(self._name).set(opened.opened)
         self.changed()
         return opened
 
@@ -192,7 +195,9 @@ class Rounds:
         Banks that would be enough, but for those in quarantine, are judged again together with what has come since.
         """
         banks, quorum = self._quarantines(), self._settings.quorum
-        if len(banks) < quorum or (self._counted(banks) < quorum and self._inputs() == self._judged):
+        counted = self._counted(banks)
+        metrics.ROUND_BANKS.labels(self._name).set(counted)
+        if len(banks) < quorum or (counted < quorum and self._inputs() == self._judged):
             return float("inf")
         longest = max((s for site, s in self._members.waited_for().items() if site not in banks), default=0.0)
         return min(longest, self._seconds_left())
@@ -237,6 +242,8 @@ class Rounds:
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
         self._judged = inputs
+        metrics.ITERATIONS.labels(self._name).set(merged.iterations)
+        metrics.INERTIA.labels(self._name).set(merged.inertia)
         self._quarantine(merged.outliers, inputs.banks)
         if len(inputs.banks) - len(merged.outliers) < self._settings.quorum:
             return False
@@ -270,11 +277,12 @@ class Rounds:
             trusted=frozenset(site for site in banks if self._members.admitted(site)),
         )
 
-    def _quarantine(self, outliers: Iterable[Outlier], judged: Container[str]) -> None:
+    def _quarantine(self, outliers: Iterable[Outlier], judged: Collection[str]) -> None:
         """Writes which banks of the round do not count; all were judged anew, with those that have come since."""
         reasons = {outlier.site: outlier.reason for outlier in outliers}
         others = (site for site in self._state.quarantine(self._name, self.number) if site not in judged)
         self._state.set_quarantine(self._name, self.number, {**dict.fromkeys(others, _NOT_LET), **reasons})
+        self._members.show_quarantine(reasons, judged)
         for site, reason in reasons.items():
             _log.warning("bank_quarantined", federation=self._name, site=site, round=self.number, reason=reason)
 

@@ -41,12 +41,11 @@ class SiteImages:
         """
         started = time.perf_counter()
         found = self._cache.extract(list_images(self._data), self._progress)
+        seconds = time.perf_counter() - started
         self._cache.keep_only(found.patches.paths)
         for reason in set(found.skipped) - self._skipped:
             _log.warning("image_skipped", reason=reason)
         if found.extracted or found.patches.images != self._images:
-            seconds = time.perf_counter() - started
-            metrics.FEATURE_SECONDS.set(seconds)
             _log.info(
                 "features_extracted",
                 images=found.patches.images,
@@ -57,6 +56,9 @@ class SiteImages:
             )
         self._skipped, self._images = frozenset(found.skipped), found.patches.images
         metrics.EXTRACTED.inc(found.extracted)
+        if found.extracted:
+            metrics.FEATURES.inc(found.extracted * self.feature_space.patches)
+            metrics.FEATURE_SECONDS.inc(seconds)
         metrics.IMAGES.labels("read").set(found.patches.images)
         metrics.IMAGES.labels("skipped").set(len(found.skipped))
         return found.patches

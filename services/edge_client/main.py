@@ -16,6 +16,7 @@ from services.runtime.hardware import configure_hardware
 from services.runtime.health import Readiness
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import configure_logs
+from services.runtime.metrics import show_device
 from services.runtime.progress import shown_progress
 from services.runtime.publisher import Publisher
 from services.runtime.server import listening, run_until_stopped
@@ -37,6 +38,7 @@ def main(args: list[str]) -> None:
     configure_hardware(settings.threads)
     list_images(settings.data)  # fail before anything listens
     device = resolve_device(settings.device)
+    show_device(device)
     with owned(settings.state_dir):
         asyncio.run(_serve(settings, device))
 

@@ -6,7 +6,8 @@ from prometheus_client import Counter, Gauge, Histogram
 
 IMAGES = Gauge("feddymem_edge_images", "Image files in the folder, by outcome: read or skipped.", ["outcome"])
 EXTRACTED = Counter("feddymem_edge_images_extracted_total", "Images that features were extracted of.")
-FEATURE_SECONDS = Gauge("feddymem_edge_extraction_seconds", "Time that the last feature extraction took.")
+FEATURES = Counter("feddymem_edge_features_total", "Patch features extracted.")
+FEATURE_SECONDS = Counter("feddymem_edge_extraction_seconds_total", "Time that feature extractions took.")
 UPDATE_SECONDS = Histogram(
     "feddymem_edge_local_update_duration_seconds",
     "Time of a round's local update.",
@@ -14,7 +15,11 @@ UPDATE_SECONDS = Histogram(
 )
 LOSS = Gauge("feddymem_edge_generator_loss", "Mean metric loss of the last round's training, in squared radii.")
 BANK_ITEMS = Gauge("feddymem_edge_bank_items", "Items of the last reduced bank.")
+REDUCE_RATIO = Gauge(
+    "feddymem_edge_memory_reduce_ratio", "Items of the last reduced bank, divided by the patches that it was made of."
+)
 SENT_BYTES = Counter("feddymem_edge_sent_bytes_total", "Bytes of bank uploads sent to the aggregator.")
 ROUND = Gauge("feddymem_edge_round", "Last round that this site's bank was accepted in.")
 RETRIES = Counter("feddymem_edge_retries_total", "Calls to the aggregator that were tried again.")
+UPLOAD_RETRIES = Counter("feddymem_edge_upload_retries_total", "Uploads that were interrupted, and tried again.")
 DISK_FULL = Counter("feddymem_edge_disk_full_total", "Times that something could not be written for want of room.")

@@ -245,6 +245,7 @@ class Participant:
             )
         _log.info("bank_made", round=event.round, images=patches.images, items=len(update.bank), loss=update.loss)
         metrics.BANK_ITEMS.set(len(update.bank))
+        metrics.REDUCE_RATIO.set(len(update.bank) / (patches.images * self._images.feature_space.patches))
         if update.loss is not None:
             metrics.LOSS.set(update.loss)
         outcome = await self._computing.run(self._keep, update, event.round, patches.images, method)
@@ -274,6 +275,7 @@ class Participant:
             received_bytes = await upload_bank(header, self._state.arrays, aggregator.rounds, seconds)
         except aio.AioRpcError as error:
             if error.code() not in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS):
+                metrics.UPLOAD_RETRIES.inc()
                 _log.warning("upload_interrupted", round=header.round, code=error.code().name, details=error.details())
                 raise
             _log.warning("bank_not_taken", round=header.round, reason=error.details())

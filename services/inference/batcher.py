@@ -76,6 +76,7 @@ class _Job(Generic[Result]):
 class _Ready:
     job: _Job[Any]
     prepared: PreparedImage
+    decode_seconds: float
 
 
 class Batcher:
@@ -104,6 +105,11 @@ class Batcher:
         self._ready: queue.Queue[_Ready] = queue.Queue(max(1, max_batch - workers()))
         self._scoring = threading.Semaphore(at_once)
         self._threads = [threading.Thread(target=self._work, name=f"inspect-{n}") for n in range(workers())]
+
+    @property
+    def queue_length(self) -> int:
+        """Images that wait to be decoded."""
+        return len(self._waiting)
 
     def start(self) -> None:
         """Starts the threads."""
@@ -165,12 +171,14 @@ class Batcher:
                 raise full
             _fail(refused.result, full)
         try:
-            return await asyncio.wrap_future(job.result)
+            result = await asyncio.wrap_future(job.result)
         except asyncio.CancelledError:
             self._waiting.remove(job, caller)  # its place is free at once
             raise
         finally:
             self.notify_room()
+        metrics.DURATION.observe(time.monotonic() - now)
+        return result
 
     def _accept(self, result: Future[Any]) -> None:
         with self._counting:
@@ -240,12 +248,15 @@ class Batcher:
             self._score_ready()
 
     def _decode(self, job: _Job[Any]) -> None:
+        started = time.monotonic()
         try:
             prepared = job.active.scorer.extractor.read(job.image, self._max_pixels)
         except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
             _fail(job.result, error)
         else:
-            self._ready.put(_Ready(job, prepared))
+            seconds = time.monotonic() - started
+            metrics.DECODE_SECONDS.observe(seconds)
+            self._ready.put(_Ready(job, prepared, seconds))
 
     def _score_ready(self) -> None:
         """Scores what is decoded, unless enough threads do; those look again after they have let go."""
@@ -273,7 +284,7 @@ class Batcher:
                 ready.job.result.set_exception(inspection)
                 continue
             image, waited = ready.prepared, started - ready.job.accepted
-            metrics.QUEUE_SECONDS.observe(waited)
+            metrics.QUEUE_SECONDS.observe(waited - ready.decode_seconds)
             scored.append((ready, Scored(inspection, image.height, image.width, waited, seconds)))
         return scored
 
@@ -309,7 +320,8 @@ def _late() -> Refusal:
 
 def _finish(job: _Job[Any], scored: Scored) -> None:
     try:
-        result = job.finish(scored)
+        with metrics.ENCODE_SECONDS.time():
+            result = job.finish(scored)
     except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
         job.result.set_exception(error)
     else:

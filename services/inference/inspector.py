@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.maps import MapKind, Region, anomaly_map, heatmap_png, regions
+from services.inference import metrics
 from services.inference.batcher import Batcher, Scored
 from services.inference.outcomes import counted_if_raised
 from services.inference.registry import Active, Registry
@@ -139,9 +140,11 @@ def _result(inspection: Inspection, active: Active, scored: Scored) -> Result:
     if inspection.map_kind == "png":
         png = heatmap_png(anomaly_map(distances, (scored.height, scored.width)), active.scorer.typical_distance)
     score = scored.inspection.score
+    anomalous = None if inspection.threshold is None else score >= inspection.threshold
+    metrics.of_federation(active.federation).count(score, active.scorer.typical_distance, anomalous)
     return Result(
         score=score,
-        anomalous=None if inspection.threshold is None else score >= inspection.threshold,
+        anomalous=anomalous,
         regions=found,
         float_map=values if inspection.map_kind == "float32" else None,
         png_map=png,

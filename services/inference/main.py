@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from feddymem.backbone import resolve_device
+from services.inference import metrics
 from services.inference.batcher import Batcher
 from services.inference.inspector import Inspector
 from services.inference.open_inference import OpenInferenceServicer
@@ -17,6 +19,7 @@ from services.runtime.hardware import configure_hardware
 from services.runtime.health import Readiness
 from services.runtime.identity import Role
 from services.runtime.logs import configure_logs
+from services.runtime.metrics import show_device
 from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import load_settings
 
@@ -45,6 +48,9 @@ async def _serve(settings: InferenceSettings) -> None:
     registry = Registry(settings)
     batcher = Batcher(settings.batch, settings.at_once, settings.max_delay_seconds, settings.room, settings.max_pixels)
     inspector = Inspector(registry, batcher)
+    show_device(resolve_device(settings.device))
+    metrics.QUEUE_IMAGES.set_function(lambda: batcher.queue_length)
+    metrics.QUEUE_LIMIT.set(batcher.queue_size)
     services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
     try:

@@ -150,7 +150,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
 
     async def _inspect_one(self, number: int, inspections: Sequence[Inspection], version: str) -> Result:
         inspection = inspections[number]
-        with counted():
+        with counted() as ending:
             active = self._registry.find(inspection.federation, inspection.site)
             if version not in ("", str(active.release)):
                 raise not_found(
@@ -160,9 +160,11 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
             if inspection.map_kind == "float32":
                 _require_room_for_maps(len(inspections), active.scorer.extractor.feature_space.input_size)
             try:
-                return await self._inspector.inspect(inspection)
+                result = await self._inspector.inspect(inspection)
             except ImageError as error:
                 raise ImageError(f"image {number} of the request: {error}") from error
+            ending.anomalous = result.anomalous
+            return result
 
     def _releases(self, federation: str, version: str) -> list[str]:
         """Active releases of a federation, or the one of a version; several only while a swap is on its way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 
@@ -14,12 +15,24 @@ from services.runtime.errors import as_refusal
 _TRY_AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
+@dataclass
+class Ending:
+    """How an inspection ends.
+
+    Attributes:
+        anomalous: the verdict that is answered; None for none.
+    """
+
+    anomalous: bool | None = None
+
+
 @contextmanager
-def counted() -> Iterator[None]:
-    """Counts one inspection when the block is left, by how it is left."""
+def counted() -> Iterator[Ending]:
+    """Counts one inspection when the block is left, by how it is left and what verdict it has noted."""
+    ending = Ending()
     with counted_if_raised():
-        yield
-    metrics.INSPECTIONS.labels("ok").inc()
+        yield ending
+    metrics.ENDED["anomalous" if ending.anomalous else "ok"].inc()
 
 
 @contextmanager
@@ -28,7 +41,7 @@ def counted_if_raised() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        metrics.INSPECTIONS.labels(_outcome(error)).inc()
+        metrics.ENDED[_outcome(error)].inc()
         raise
 
 

@@ -197,8 +197,9 @@ class Registry:
             before = self._active.get((federation, active.site))
             self._active[federation, active.site] = active
             if before is None or (before.release, before.created) != (active.release, active.created):
-                metrics.SWAPS.labels(federation).inc()
+                metrics.SWAPS.inc()
                 metrics.RELEASE.labels(federation).set(active.release)
+                metrics.RELEASE_CREATED.labels(federation).set(memory.release.created.ToMilliseconds() / 1000)
                 _log.info("release_active", federation=federation, site=active.site, release=active.release)
         self.changes.notify()
 

@@ -75,9 +75,11 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         return answer_stream(request_iterator, answer, _refused)
 
     async def _inspect(self, request: InspectRequest, context: _Context, patient: bool) -> InspectResponse:
-        with counted():
+        with counted() as ending:
             inspection = _inspection(request, context.peer(), context.time_remaining(), patient)
-            return _response(await self._inspector.inspect(inspection))
+            result = await self._inspector.inspect(inspection)
+            ending.anomalous = result.anomalous
+            return _response(result)
 
 
 def _refused(request: InspectStreamRequest, refusal: Refusal) -> InspectStreamResponse:

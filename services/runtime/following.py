@@ -11,6 +11,7 @@ from grpc import aio
 from feddymem.client.tls import TlsError
 from feddymem.v1 import release_pb2_grpc
 from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
+from services.runtime import metrics
 from services.runtime.array_store import ArrayStore
 from services.runtime.backoff import Backoff
 from services.runtime.changes import Changes
@@ -54,11 +55,13 @@ async def follow(
         receive: is called for one release at a time; one that fails is tried again.
     """
     backoff = Backoff(settings)
+    metrics.PUBLISHERS.labels(role.value)
     while True:
         try:
             async with connected(address, settings, role) as channel:
                 follower = _Follower(address, release_pb2_grpc.ReleaseServiceStub(channel), arrays, settings, receive)
-                await follower.run(WatchReleasesRequest(federations=federations))
+                with metrics.connected_to(role):
+                    await follower.run(WatchReleasesRequest(federations=federations))
         except (UnreachableError, TlsError) as error:
             _log.warning("publisher_unreachable", publisher=address, reason=str(error))
         except Exception as error:  # noqa: BLE001 - what scores goes on scoring, whatever comes

@@ -9,6 +9,7 @@ from typing import Any
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from services.runtime import metrics
 from services.runtime.channels import SERVER_OPTIONS, bind
 from services.runtime.identity import Role
 from services.runtime.rpc import RpcBoundary
@@ -35,6 +36,7 @@ class Readiness:
 
     async def set(self, ready: bool) -> None:
         """Says SERVING or NOT_SERVING to all who ask and watch."""
+        metrics.READY.set(ready)
         for name in self._names:
             await self.servicer.set(name, _States.SERVING if ready else _States.NOT_SERVING)
 

@@ -22,6 +22,7 @@ from feddymem.v1.release_pb2 import (
     WatchReleasesRequest,
     WatchReleasesResponse,
 )
+from services.runtime import metrics
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import check_manifest, chunks
 from services.runtime.changes import Changes
@@ -98,15 +99,18 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         """See release.proto."""
         who = caller(context)
         federations = (name for name, served in self._served.items() if request.sha256 in served)
-        if not any(self._readable(who, federation) for federation in federations):
+        federation = next((name for name in federations if self._readable(who, name)), None)
+        if federation is None:
             raise not_found(f"no release that you may read has an array {request.sha256.hex()}; watch releases again")
         data = await asyncio.to_thread(self._arrays.read, request.sha256)
         if request.offset > len(data):
             raise Refusal(
                 grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} is behind the array's {len(data)} bytes"
             )
+        sent = metrics.PUBLISHED_BYTES.labels(federation)
         for chunk in chunks(request.sha256, data, request.offset):
             yield DownloadArrayResponse(chunk=chunk)
+            sent.inc(len(chunk.data))
 
     def _readable(self, who: Identity | None, federation: str) -> bool:
         return who is None or self._may_read(who, federation)

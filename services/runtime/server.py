@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import prometheus_client
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -23,6 +22,7 @@ from services.runtime.files import write_atomically
 from services.runtime.health import Readiness, probed
 from services.runtime.identity import Identity, Role
 from services.runtime.logs import get_logger
+from services.runtime.metrics import serve_metrics
 from services.runtime.rpc import Access, Admission, RpcBoundary
 from services.runtime.settings import ServiceSettings
 from services.runtime.tls import server_credentials
@@ -110,7 +110,7 @@ async def listening(
     )
     address = _bind(server, settings, own)
     host, _, port = settings.metrics_listen.rpartition(":")
-    metrics, _thread = prometheus_client.start_http_server(int(port), host)
+    metrics = serve_metrics(host, int(port), settings.state_dir)
     await server.start()
     bound = {"grpc": address, "metrics": f"{host}:{metrics.server_port}"}
     async with probed(settings, readiness) as health:

@@ -61,6 +61,20 @@ _CERTIFICATE = _fields(
 )
 _ENDPOINT = _fields({"port": TEXT, "path": {"const": "/metrics"}, "interval": _DURATION})
 _SELECTOR = _fields({"matchLabels": {"type": "object", "additionalProperties": TEXT, "minProperties": 1}})
+_RULE = {
+    "oneOf": [
+        _fields({"record": TEXT, "expr": TEXT}),
+        _fields(
+            {
+                "alert": TEXT,
+                "expr": TEXT,
+                "labels": _fields({"severity": {"enum": ["page", "ticket"]}}),
+                "annotations": _fields({"summary": TEXT, "runbook_url": TEXT}),
+            },
+            {"for": _DURATION},
+        ),
+    ]
+}
 _SCHEMAS = {
     ("cert-manager.io/v1", "Certificate"): _object(_CERTIFICATE),
     ("cert-manager.io/v1", "Issuer"): _object(
@@ -68,6 +82,9 @@ _SCHEMAS = {
     ),
     ("monitoring.coreos.com/v1", "PodMonitor"): _object(
         _fields({"selector": _SELECTOR, "podMetricsEndpoints": _list(_ENDPOINT)}, {"podTargetLabels": _list(TEXT)})
+    ),
+    ("monitoring.coreos.com/v1", "PrometheusRule"): _object(
+        _fields({"groups": _list(_fields({"name": TEXT, "rules": _list(_RULE)}))})
     ),
 }
 """Of https://cert-manager.io/docs/reference/api-docs and https://prometheus-operator.dev/docs/api-reference/api."""

@@ -19,6 +19,7 @@ GONE = object()
 AGGREGATOR, EDGE, INFERENCE = "StatefulSet/aggregator", "StatefulSet/edge-client-site-a", "Deployment/inference-site-a"
 BUDGET, SCALER = "PodDisruptionBudget/inference-site-a", "HorizontalPodAutoscaler/inference-site-a"
 CERTIFICATE, MONITOR = "Certificate/inference-site-a-tls", "PodMonitor/feddymem"
+RULE = "PrometheusRule/feddymem"
 POLICY = "NetworkPolicy/"
 CONFIG = "ConfigMap/inference-settings-site-a"
 TEXT = "aggregator: nowhere:7070\ndanger_listen_without_tls: true"
@@ -62,6 +63,8 @@ BROKEN = [
     (CERTIFICATE, "apiVersion", "cert-manager.io/v1alpha2", "Couldn't find schema"),
     ("Issuer/feddymem", "spec ca", GONE, "is not valid under any"),
     (MONITOR, "spec podMetricsEndpoints 0 port", 9072, "9072 is not of type 'string'"),
+    (RULE, "spec groups 1 rules 0 labels severity", "critical", "is not valid under any"),
+    (RULE, "spec groups 0 rules", [], "non-empty"),
     # Names, namespaces
     (AGGREGATOR, "metadata name", "Aggregator_1", "bad name"),
     ("Service/inference-site-a", "metadata name", "aggregator", "is there twice"),

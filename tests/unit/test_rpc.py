@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from grpc import aio
 
 from services.runtime.errors import Refusal, not_found
-from services.runtime.rpc import RPCS, RpcBoundary
+from services.runtime.rpc import RPC_SECONDS, RPCS, RPCS_STARTED, RpcBoundary
 
 SECONDS = 30
 METHOD = "/feddymem.test.Mirror/Turn"
@@ -93,3 +94,20 @@ async def test_a_call_that_ends_without_a_request_is_told_so() -> None:
         await call.done_writing()
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert await call.details() == "the call ended without a request; send one"
+
+
+async def test_a_call_is_counted_as_started_at_once_and_as_handled_when_it_has_ended() -> None:
+    def counts() -> tuple[float, float, float]:
+        [seconds] = [s for s in RPC_SECONDS.labels(METHOD)._child_samples() if s.name == "_count"]
+        return RPCS_STARTED.labels(METHOD)._value.get(), handled(grpc.StatusCode.OK), seconds.value
+
+    started, ended, timed = counts()
+    admitted = asyncio.Event()
+    async with served(lambda _context: admitted.set()) as channel:
+        call: Any = channel.stream_unary(METHOD)(timeout=SECONDS)
+        await asyncio.wait_for(admitted.wait(), SECONDS)
+        assert counts() == (started + 1, ended, timed)
+        await call.write(b"ab")
+        await call.done_writing()
+        assert await call == b"ba"
+    assert counts() == (started + 1, ended + 1, timed + 1)

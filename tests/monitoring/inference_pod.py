@@ -1,0 +1,79 @@
+"""The /metrics of an inference pod that serves 20 federations and has seen everything: `python -m` prints it.
+
+A process of its own, because a registry is for good: no other test's metrics are in it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import grpc
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from feddymem.openinference import open_inference_pb2
+from feddymem.v1 import inspection_pb2
+from services.inference import metrics
+from services.runtime import files, rpc
+from services.runtime.identity import Role
+from services.runtime.metrics import connected_to, serve_metrics, show_device
+from services.runtime.tls import EXPIRY
+
+FEDERATIONS = 20
+_INSPECTIONS = (
+    inspection_pb2.DESCRIPTOR.services_by_name["InspectionService"],
+    open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+)
+_STANDARD = (
+    health_pb2.DESCRIPTOR.services_by_name["Health"],
+    descriptor_pool.Default().FindServiceByName(reflection.SERVICE_NAME),
+)
+_INSPECT = ("Inspect", "InspectStream", "ModelInfer", "ModelStreamInfer")
+_ENDS = (
+    *("OK", "CANCELLED", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
+    *("FAILED_PRECONDITION", "INTERNAL", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+)
+
+
+def fill() -> None:
+    """Everything is called, inspections end in every way, and somebody runs wild."""
+    for service in (*_INSPECTIONS, *_STANDARD):
+        for method in service.methods:
+            name = f"/{service.full_name}/{method.name}"
+            rpc.RPCS_STARTED.labels(name).inc()
+            for code in _ENDS if method.name in _INSPECT else ("OK", "CANCELLED"):
+                assert code in grpc.StatusCode.__members__
+                rpc.RPCS.labels(name, code).inc()
+            if service in _INSPECTIONS:
+                rpc.RPC_SECONDS.labels(name).observe(0.01)
+            limit = "streams" if "Stream" in method.name else "rate"
+            rpc.RPCS_OVER_LIMIT.labels(name, limit).inc()
+    for number in range(FEDERATIONS):
+        name = f"federation-{number}"
+        for anomalous in (False, True):
+            metrics.of_federation(name).count(1.5, 1.0, anomalous)
+        metrics.RELEASE.labels(name).set(1)
+        metrics.RELEASE_CREATED.labels(name).set(1.7e9)
+    metrics.QUEUE_LIMIT.set(8)
+    EXPIRY.set(1.8e9)
+    files.DAMAGED.inc()
+    show_device("cuda")
+
+
+def main() -> None:
+    """Prints what a scrape would get."""
+    fill()
+    with tempfile.TemporaryDirectory() as folder, connected_to(Role.AGGREGATOR), connected_to(Role.SITE):
+        server = serve_metrics("127.0.0.1", 0, Path(folder))
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=30) as answer:
+            sys.stdout.write(answer.read().decode())
+        server.shutdown()
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main()
