@@ -28,7 +28,7 @@ LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 KINDS = {
     *WORKLOADS,
     *("Namespace", "ServiceAccount", "ConfigMap", "PersistentVolumeClaim", "Service", "NetworkPolicy"),
-    *("PodDisruptionBudget", "HorizontalPodAutoscaler", "Certificate", "Issuer", "PodMonitor"),
+    *("PodDisruptionBudget", "HorizontalPodAutoscaler", "Certificate", "Issuer", "PodMonitor", "PrometheusRule"),
 }
 """Of what the checks know something; anything else could undo what they hold, as a Role could."""
 
