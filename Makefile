@@ -11,7 +11,7 @@ PEER := .venv-peer
 OUT ?= out
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' feddymem/__init__.py)
 VARIANT ?= cpu
-IMAGE ?= feddymem:$(VERSION)$(if $(filter cuda,$(VARIANT)),-cuda)
+IMAGE ?= feddymem$(if $(filter cuda,$(VARIANT)),-cuda):$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 

@@ -9,14 +9,16 @@ from tests.k8s.configuration import load_all, misfits
 from tests.k8s.manifests import K8S, OVERLAYS, BuildError, Object, build
 from tests.k8s.network import network_problems
 from tests.k8s.pods import pod_problems
-from tests.k8s.scaling import autoscaler_problems, budget_problems, monitor_problems
+from tests.k8s.scaling import autoscaler_problems, budget_problems, monitor_problems, replica_problems
 from tests.k8s.schemas import VERSIONS, schema_problems
 from tests.k8s.structure import (
     account_problems,
+    kind_problems,
     name_problems,
     quantity_problems,
     reference_problems,
     selector_problems,
+    service_problems,
 )
 
 TRUSTED_NETWORK = {"dev"}
@@ -24,12 +26,15 @@ TRUSTED_NETWORK = {"dev"}
 
 _CHECKS = (
     schema_problems,
+    kind_problems,
     name_problems,
     selector_problems,
+    service_problems,
     reference_problems,
     account_problems,
     quantity_problems,
     pod_problems,
+    replica_problems,
     budget_problems,
     autoscaler_problems,
     monitor_problems,
