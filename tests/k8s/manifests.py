@@ -111,7 +111,7 @@ def mounts(workload: Object) -> dict[str, Object]:
 def environment(workload: Object) -> dict[str, str]:
     """The environment of its first container, but what comes from elsewhere."""
     variables = pod(workload)["containers"][0].get("env", [])
-    return {variable["name"]: variable["value"] for variable in variables if "value" in variable}
+    return {variable["name"]: variable.get("value", "") for variable in variables if "valueFrom" not in variable}
 
 
 def matches(selector: Object, labels: dict[str, str]) -> bool:

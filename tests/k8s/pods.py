@@ -12,9 +12,10 @@ VERSION = feddymem.__version__
 PROBES = {"startupProbe": "liveness", "livenessProbe": "liveness", "readinessProbe": None}
 """And the name that each asks about."""
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
-IMAGE = re.compile(r"[^:@]+(:\d+/[^:@]+)?(:(?!latest(@|$))[\w.-]+(@sha256:[0-9a-f]{64})?|@sha256:[0-9a-f]{64})")
+IMAGE = re.compile(r"[^:@]+(:\d+/[^:@]+)?(:(?!latest$)[\w.-]+|(:[\w.-]+)?@sha256:[0-9a-f]{64})")
 """With a tag that stays what it is, or a digest."""
 
+# Fields that these checks know; any other one might undo what they hold.
 POD = {
     "affinity",
     "automountServiceAccountToken",
@@ -49,7 +50,6 @@ CONTAINER = {
 SECURITY = {"allowPrivilegeEscalation", "capabilities", "readOnlyRootFilesystem"}
 PORT = {"containerPort", "name", "protocol"}
 VARIABLE = {"name", "value"}
-"""Fields that these checks know; any other one might undo what they hold."""
 
 
 def pod_problems(objects: list[Object]) -> Iterator[str]:

@@ -261,7 +261,7 @@ def test_both_versions_of_kubernetes_are_asked() -> None:
         "feddymem:0.0.9",
         "registry.example.org:5000/lines/feddymem:0.1.0",
         f"registry.example.org/feddymem@sha256:{'0a' * 32}",
-        f"feddymem:0.1.0@sha256:{'0a' * 32}",
+        f"feddymem:latest@sha256:{'0a' * 32}",
     ],
 )
 def test_an_image_of_another_name_is_sound(image: str) -> None:
