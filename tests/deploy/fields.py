@@ -9,14 +9,10 @@ from typing import Any, Self
 from tests.k8s.manifests import amount
 
 WITHOUT_EFFECT = {
-    "Container.imagePullPolicy": "images are on the machine, and nothing is ever pulled",
-    "DeploymentSpec.revisionHistoryLimit": "nobody goes back to an old revision but by applying it",
     "Kind.Namespace": "one run is one namespace; tests/k8s holds pods against its security level",
     "Kind.NetworkPolicy": "nothing enforces them here; tests/k8s/network.py says whether they allow what is needed",
     "Kind.PodDisruptionBudget": "nobody drains nodes here",
     "Kind.ServiceAccount": "there is no API server to show it to, and pods must not mount its token",
-    "ObjectMeta.annotations": "nobody reads them",
-    "ObjectMeta.namespace": "there is one",
     "PersistentVolumeClaimSpec.resources": "a folder is as large as the disk",
     "PodSecurityContext.fsGroupChangePolicy": "only says when the group of a volume's files is set; it always is here",
     "PodSpec.serviceAccountName": "see Kind.ServiceAccount",
@@ -104,17 +100,18 @@ class Fields:
             yield Fields(value, f"{self.path}.{key}[{value.get('name', number)}]", type_)
 
 
-def read_all(objects: list[Fields], readers: Mapping[str, Callable[[Fields], None]]) -> None:
-    """Has each object read by the reader of its kind.
+def read_all(objects: list[Fields], readers: Mapping[str, tuple[str, Callable[[Fields], None]]]) -> None:
+    """Has each object read by the reader of its kind, which is for one version of the API.
 
     Raises:
-        UnknownFieldError: there is none, and the kind is not known to be without effect.
+        UnknownFieldError: there is none, and the kind is not known to be without effect; or it is of another version.
     """
     for fields in objects:
         kind = fields.need("kind")
-        fields.get("apiVersion")
         if kind in readers:
+            version, reader = readers[kind]
             with fields:
-                readers[kind](fields)
+                fields.only("apiVersion", version)
+                reader(fields)
         elif f"Kind.{kind}" not in WITHOUT_EFFECT:
             raise UnknownFieldError(f"{fields.path} is of a kind unknown to tests/deploy")

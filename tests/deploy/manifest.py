@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tests.deploy.fields import Fields, UnknownFieldError, read_all
-from tests.k8s.manifests import Object
+from tests.k8s.manifests import Object, named
 
 
 @dataclass(frozen=True)
@@ -148,39 +148,41 @@ def read(objects: list[Object]) -> Manifest:
         UnknownFieldError: it has anything that is neither understood nor known to be without effect.
     """
     manifest = Manifest()
+    namespace = next(iter(named(objects, "Namespace")), None)
 
     def config_map(fields: Fields) -> None:
-        manifest.settings[_name(fields)] = fields.get("data", {})
+        manifest.settings[_name(fields, namespace)] = fields.get("data", {})
 
     def claim(fields: Fields) -> None:
-        manifest.claims.add(_name(fields))
+        manifest.claims.add(_name(fields, namespace))
         with fields.inside("spec", "PersistentVolumeClaimSpec") as spec:
             _claim_spec(spec)
 
     def service(fields: Fields) -> None:
-        one = _service(fields)
+        one = _service(_name(fields, namespace), fields)
         manifest.services[one.name] = one
 
     def workload(kind: Literal["Deployment", "StatefulSet"]) -> Any:
         def add(fields: Fields) -> None:
-            one = _workload(kind, fields)
+            one = _workload(kind, _name(fields, namespace), fields)
             manifest.workloads[one.name] = one
 
         return add
 
     readers = {
-        "ConfigMap": config_map,
-        "PersistentVolumeClaim": claim,
-        "Service": service,
-        "Deployment": workload("Deployment"),
-        "StatefulSet": workload("StatefulSet"),
+        "ConfigMap": ("v1", config_map),
+        "PersistentVolumeClaim": ("v1", claim),
+        "Service": ("v1", service),
+        "Deployment": ("apps/v1", workload("Deployment")),
+        "StatefulSet": ("apps/v1", workload("StatefulSet")),
     }
     read_all([Fields(item, f"{item['kind']}/{item['metadata']['name']}", item["kind"]) for item in objects], readers)
     return manifest
 
 
-def _name(fields: Fields) -> str:
+def _name(fields: Fields, namespace: str | None = None) -> str:
     with fields.inside("metadata", "ObjectMeta") as metadata:
+        metadata.only("namespace", namespace)
         metadata.get("labels")
         return str(metadata.need("name"))
 
@@ -189,8 +191,7 @@ def _claim_spec(spec: Fields) -> None:
     spec.only("accessModes", ["ReadWriteOnce"])
 
 
-def _service(fields: Fields) -> Service:
-    name = _name(fields)
+def _service(name: str, fields: Fields) -> Service:
     with fields.inside("spec", "ServiceSpec") as spec:
         spec.only("type", "ClusterIP", default="ClusterIP")
         headless = spec.only("clusterIP", None, "None") == "None"
@@ -204,8 +205,7 @@ def _service(fields: Fields) -> Service:
         return Service(name, headless, spec.need("selector"), ports)
 
 
-def _workload(kind: Literal["Deployment", "StatefulSet"], fields: Fields) -> Workload:
-    name = _name(fields)
+def _workload(kind: Literal["Deployment", "StatefulSet"], name: str, fields: Fields) -> Workload:
     surge = unavailable = 0
     claims: list[str] = []
     with fields.inside("spec", f"{kind}Spec") as spec:
@@ -224,6 +224,9 @@ def _workload(kind: Literal["Deployment", "StatefulSet"], fields: Fields) -> Wor
         else:
             spec.need("serviceName")
             claims = [_claim_template(template) for template in spec.each("volumeClaimTemplates", "Claim")]
+        for mount in pod.container.mounts:
+            if mount.volume not in {*pod.volumes, *claims}:
+                raise UnknownFieldError(f"{spec.path}.template mounts {mount.volume}, which is no volume of it")
         return Workload(kind, name, spec.get("replicas", 1), pod, revision, surge, unavailable, tuple(claims))
 
 
@@ -300,8 +303,8 @@ def _container(fields: Fields) -> Container:
         return Container(
             fields.need("name"),
             fields.need("image"),
-            tuple(fields.get("command", ())),
-            tuple(fields.get("args", ())),
+            tuple(_literal(fields, "command", text) for text in fields.get("command", ())),
+            tuple(_literal(fields, "args", text) for text in fields.get("args", ())),
             environment,
             ports,
             mounts,
@@ -318,7 +321,14 @@ def _container(fields: Fields) -> Container:
 
 def _variable(fields: Fields) -> tuple[str, str]:
     with fields:
-        return fields.need("name"), str(fields.need("value"))
+        return fields.need("name"), _literal(fields, "value", str(fields.need("value")))
+
+
+def _literal(fields: Fields, key: str, text: str) -> str:
+    """A text in which the kubelet would replace nothing: neither $(NAME) nor $$."""
+    if "$(" in text or "$$" in text:
+        raise UnknownFieldError(f"{fields.path}.{key}: {text} is unknown to tests/deploy, which expands no variables")
+    return text
 
 
 def _port(fields: Fields) -> tuple[str, int]:
@@ -333,20 +343,22 @@ def _mount(fields: Fields) -> Mount:
 
 
 def _linger(container: Fields) -> float:
+    if "lifecycle" not in container:
+        return 0
     with (
         container.inside("lifecycle", "Lifecycle") as lifecycle,
         lifecycle.inside("preStop", "LifecycleHandler") as stop,
         stop.inside("sleep", "SleepAction") as sleep,
     ):
-        return float(sleep.get("seconds", 0))
+        return float(sleep.need("seconds"))
 
 
 def _probe(container: Fields, key: str) -> Probe | None:
+    if key not in container:
+        return None
     with container.inside(key, "Probe") as probe:
         with probe.inside("grpc", "GRPCAction") as call:
-            port, service = call.get("port"), call.get("service", "")
-        if port is None:
-            return None
+            port, service = call.need("port"), call.get("service", "")
         return Probe(
             port,
             service,

@@ -120,11 +120,23 @@ STRANGE: dict[str, Callable[[Object], object]] = {
         allowPrivilegeEscalation=True
     ),
     ".env[X].value is missing": lambda it: container(it)["env"].append({"name": "X", "valueFrom": {}}),
+    ".env[X].value: $(HOME)": lambda it: container(it)["env"].append({"name": "X", "value": "$(HOME)/x"}),
+    ".args: $(HOME)": lambda it: container(it)["args"].append("$(HOME)/x"),
+    ".args: $$x": lambda it: container(it)["args"].append("$$x"),
+    ".template.metadata.annotations": lambda it: it["spec"]["template"]["metadata"].update(annotations={"a": "b"}),
+    ".template.metadata.namespace": lambda it: it["spec"]["template"]["metadata"].update(namespace="feddymem"),
+    ".template mounts gone": lambda it: container(it)["volumeMounts"].append({"name": "gone", "mountPath": "/gone"}),
+    ".imagePullPolicy": lambda it: container(it).update(imagePullPolicy="Never"),
     ".envFrom": lambda it: container(it).update(envFrom=[]),
     ".limits.nvidia.com/gpu": lambda it: container(it)["resources"]["limits"].update({"nvidia.com/gpu": "1"}),
     ".limits.memory: much": lambda it: container(it)["resources"]["limits"].update(memory="much"),
-    ".readinessProbe.httpGet": lambda it: container(it).update(readinessProbe={"httpGet": {"port": 1}}),
-    ".preStop.exec": lambda it: container(it)["lifecycle"].update(preStop={"exec": {"command": ["true"]}}),
+    ".livenessProbe.grpc.port is missing": lambda it: container(it).update(livenessProbe={"grpc": {}}),
+    ".readinessProbe.httpGet": lambda it: container(it).update(
+        readinessProbe={"grpc": {"port": 7082}, "httpGet": {"port": 1}}
+    ),
+    ".readinessProbe.grpc.port": lambda it: container(it).update(readinessProbe={"httpGet": {"port": 1}}),
+    ".preStop.exec": lambda it: container(it)["lifecycle"]["preStop"].update(exec={"command": ["true"]}),
+    ".preStop.sleep.seconds is missing": lambda it: container(it)["lifecycle"].update(preStop={"sleep": {}}),
     ".ports[grpc].hostPort": lambda it: container(it)["ports"][0].update(hostPort=7072),
     ".ports[grpc].protocol: UDP": lambda it: container(it)["ports"][0].update(protocol="UDP"),
     ".workingDir": lambda it: container(it).update(workingDir="/"),
@@ -148,8 +160,20 @@ def test_kinds_and_services_that_are_not_understood_are_refused(objects: list[Ob
         read(objects)
 
 
-def test_what_is_passed_over_has_a_reason() -> None:
-    assert all(WITHOUT_EFFECT.values())
+def test_objects_of_another_version_or_namespace_are_refused(objects: list[Object], deployment: Object) -> None:
+    deployment["metadata"]["namespace"] = "default"
+    with pytest.raises(UnknownFieldError, match=r"Deployment/inference-site-a\.metadata\.namespace: default"):
+        read(objects)
+    deployment["apiVersion"] = "apps/v1beta1"
+    with pytest.raises(UnknownFieldError, match=r"Deployment/inference-site-a\.apiVersion: apps/v1beta1"):
+        read(objects)
+
+
+@pytest.mark.parametrize("entry", WITHOUT_EFFECT)
+def test_all_that_is_passed_over_is_in_dev(objects: list[Object], entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(WITHOUT_EFFECT, entry)
+    with pytest.raises(UnknownFieldError):
+        read(objects)
 
 
 def test_an_overlay_can_be_given_another_image_settings_and_replicas(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_service_with_an_address_leads_to_a_pod(start: Callable[..., Services]
 def test_a_service_without_a_ready_pod_refuses(start: Callable[..., Services]) -> None:
     services, port = start(), free_port()
     services.add(Service("aggregator", False, {}, {port: "grpc"}), ADDRESS)
-    # The reset may come before the connection is known to be there.
+    # In this order, as the reset may come before the connection is returned.
     with pytest.raises(ConnectionResetError), socket.create_connection((ADDRESS, port), 5) as caller:
         caller.recv(100)
 

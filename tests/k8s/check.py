@@ -9,7 +9,7 @@ from tests.k8s.configuration import load_all, misfits
 from tests.k8s.manifests import K8S, OVERLAYS, BuildError, Object, build
 from tests.k8s.network import network_problems
 from tests.k8s.pods import pod_problems
-from tests.k8s.scaling import autoscaler_problems, budget_problems, monitor_problems
+from tests.k8s.scaling import autoscaler_problems, budget_problems, monitor_problems, replica_problems
 from tests.k8s.schemas import VERSIONS, schema_problems
 from tests.k8s.structure import (
     account_problems,
@@ -18,6 +18,7 @@ from tests.k8s.structure import (
     quantity_problems,
     reference_problems,
     selector_problems,
+    service_problems,
 )
 
 TRUSTED_NETWORK = {"dev"}
@@ -28,10 +29,12 @@ _CHECKS = (
     kind_problems,
     name_problems,
     selector_problems,
+    service_problems,
     reference_problems,
     account_problems,
     quantity_problems,
     pod_problems,
+    replica_problems,
     budget_problems,
     autoscaler_problems,
     monitor_problems,

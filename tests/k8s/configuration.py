@@ -12,9 +12,11 @@ from services.aggregator.settings import AggregatorSettings
 from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
 from services.runtime.channels import FAREWELL_SECONDS
-from services.runtime.settings import InvalidSettingsError, ServiceSettings, load_settings
+from services.runtime.settings import ClientSettings, InvalidSettingsError, ServiceSettings, load_settings
 from tests.k8s.manifests import (
+    GPU,
     Object,
+    containers,
     environment,
     mounts,
     named,
@@ -99,6 +101,9 @@ def misfits(objects: list[Object], loaded: Loaded, trusted_network: bool) -> Ite
         if settings is None:
             continue
         found = [*_addresses(objects, workload, settings), *_time(workload, settings), *_folders(workload, settings)]
+        gpus = any(GPU in box.get("resources", {}).get("limits", {}) for box in containers(workload))
+        if isinstance(settings, ClientSettings) and settings.device == "cuda" and not gpus:
+            found.append(f"computes on a GPU, and has no limit of {GPU}")
         if settings.danger_listen_without_tls and not trusted_network:
             found.append("listens without TLS")
         yield from (f"{title(workload)}: {problem}" for problem in found)

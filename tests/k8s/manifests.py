@@ -23,6 +23,7 @@ COMPONENTS = sorted(
 )
 COMPONENT = "app.kubernetes.io/component"
 """The label that says which of the picture's boxes a pod is."""
+GPU = "nvidia.com/gpu"
 
 WORKLOADS = ("Deployment", "StatefulSet")
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
@@ -108,8 +109,9 @@ def mounts(workload: Object) -> dict[str, Object]:
 
 
 def environment(workload: Object) -> dict[str, str]:
-    """The environment of its first container."""
-    return {variable["name"]: variable["value"] for variable in pod(workload)["containers"][0].get("env", [])}
+    """The environment of its first container, but what comes from elsewhere."""
+    variables = pod(workload)["containers"][0].get("env", [])
+    return {variable["name"]: variable.get("value", "") for variable in variables if "valueFrom" not in variable}
 
 
 def matches(selector: Object, labels: dict[str, str]) -> bool:

@@ -127,7 +127,7 @@ def _ends(peer: Object, subject: _Pod, direction: str, pods: list[_Pod]) -> Iter
         for other in pods:
             if matches(peer["podSelector"], other.labels):
                 yield other.title, own or other
-    elif peer.keys() == {"namespaceSelector"}:
+    elif peer.keys() == {"namespaceSelector"} and peer["namespaceSelector"].keys() <= {"matchLabels"}:
         labels = peer["namespaceSelector"].get("matchLabels", {})
         yield f"namespaces with {','.join(f'{key}={value}' for key, value in labels.items())}", own
     elif peer.keys() == {"ipBlock"}:
@@ -158,6 +158,8 @@ def _misses(spec: Object, pods: list[_Pod]) -> Iterator[str]:
             servers += others if direction == "out to" else []
             if not others:
                 yield f"lets {direction} no pods: {selector}"
+        for key in sorted({key for port in rule_ports for key in port} - {"port", "protocol"}):
+            yield f"{key} is unknown to these checks"
         yield from _portless(rule_ports, [each for each in servers if each.ports])
     for key, rules in (("Ingress", "ingress"), ("Egress", "egress")):
         if spec.get(rules) and key not in spec["policyTypes"]:

@@ -1,4 +1,4 @@
-"""Whether disruption budgets, autoscalers and monitors find what they are for."""
+"""Whether there are as many pods as there may be; whether budgets, autoscalers and monitors find what they are for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,38 @@ from collections.abc import Iterator
 import prometheus_client
 
 import services.inference.metrics  # noqa: F401 - registers its metrics
-from tests.k8s.manifests import Object, amount, containers, named, of_kind, ports, selected, title, workloads
+from tests.k8s.manifests import (
+    COMPONENT,
+    Object,
+    amount,
+    containers,
+    named,
+    of_kind,
+    pod_labels,
+    ports,
+    selected,
+    title,
+    workloads,
+)
+
+ALONE = {"aggregator", "edge-client"}
+"""Each the only writer of its state."""
+
+
+def replica_problems(objects: list[Object]) -> Iterator[str]:
+    """More than one pod, or none, where exactly one may write."""
+    for workload in workloads(objects):
+        if pod_labels(workload).get(COMPONENT) in ALONE and workload["spec"].get("replicas", 1) != 1:
+            yield f"{title(workload)}: has {workload['spec']['replicas']} pods, and one alone writes its state"
+
+
+def _fewest(objects: list[Object], workload: Object) -> int:
+    """How many pods a workload may come down to by itself."""
+    for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
+        reference = scaler["spec"]["scaleTargetRef"]
+        if (reference["kind"], reference["name"]) == (workload["kind"], workload["metadata"]["name"]):
+            return int(scaler["spec"].get("minReplicas", 1))
+    return int(workload["spec"].get("replicas", 1))
 
 
 def budget_problems(objects: list[Object]) -> Iterator[str]:
@@ -18,13 +49,11 @@ def budget_problems(objects: list[Object]) -> Iterator[str]:
         protected += found
         if len(found) != 1:
             yield f"{title(budget)}: is for the pods of {len(found)} workloads"
-        if not amount(budget["spec"].get("maxUnavailable")):
-            yield f"{title(budget)}: no pod may ever be evicted"
-        elif amount(budget["spec"]["maxUnavailable"]) != 1:
-            yield f"{title(budget)}: more than one pod may be away at once"
-    for workload in of_kind(objects, "StatefulSet"):
-        if workload["spec"].get("replicas", 1) != 1:
-            yield f"{title(workload)}: has other than one pod, though only one may write its state"
+        gone = amount(budget["spec"].get("maxUnavailable"))
+        if not gone:
+            yield f"{title(budget)}: no pod may ever be evicted, or not a number of them"
+        elif any(1 < _fewest(objects, workload) <= gone for workload in found):
+            yield f"{title(budget)}: all pods may be evicted at once"
     for workload in of_kind(objects, "Deployment"):
         if workload not in protected:
             yield f"{title(workload)}: has no disruption budget"
@@ -38,6 +67,8 @@ def autoscaler_problems(objects: list[Object]) -> Iterator[str]:
         if target is None or target["apiVersion"] != reference.get("apiVersion"):
             yield f"{title(scaler)}: {reference['kind']}/{reference['name']} does not exist"
             continue
+        if pod_labels(target).get(COMPONENT) in ALONE:
+            yield f"{title(scaler)}: {title(target)} has one pod, and it alone writes its state"
         if "replicas" in target["spec"]:
             yield f"{title(scaler)}: {title(target)} has a number of replicas of its own"
         if scaler["spec"].get("minReplicas", 1) > scaler["spec"]["maxReplicas"]:

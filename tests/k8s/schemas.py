@@ -1,7 +1,7 @@
 """Whether objects are what Kubernetes, cert-manager and the Prometheus operator take.
 
-Kubernetes' own kinds by its schemas, of two versions: the newest that there are, and what clusters run that are a year
-behind. The other kinds by schemas of ours, which know the fields that we use and no others.
+Kubernetes' own kinds by its schemas, of two versions: the newest that there are, and the oldest that the manifests are
+for. The other kinds by schemas of ours, which know the fields that we use and no others.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kubernetes_validate import utils
 
 from tests.k8s.manifests import Object, title
 
-_KNOWN = list(dict.fromkeys(utils.all_versions()))
-VERSIONS = _KNOWN[-1], next(version for version in _KNOWN if version.startswith("1.31"))
+OLDEST = "1.31.0"
+VERSIONS = utils.latest_version(), OLDEST
 
 
 def _fields(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from tests.k8s.manifests import (
+    COMPONENT,
     WORKLOADS,
     Object,
     amount,
@@ -13,6 +14,7 @@ from tests.k8s.manifests import (
     named,
     of_kind,
     pod,
+    pod_labels,
     ports,
     selected,
     served,
@@ -23,25 +25,27 @@ from tests.k8s.manifests import (
 
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
-
-
 KINDS = {
     *WORKLOADS,
-    *("Namespace", "ServiceAccount", "ConfigMap", "PersistentVolumeClaim", "Service", "NetworkPolicy"),
-    *("PodDisruptionBudget", "HorizontalPodAutoscaler", "Certificate", "Issuer", "PodMonitor", "PrometheusRule"),
+    "Certificate",
+    "ConfigMap",
+    "HorizontalPodAutoscaler",
+    "Issuer",
+    "Namespace",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "PodDisruptionBudget",
+    "PodMonitor",
+    "PrometheusRule",
+    "Service",
+    "ServiceAccount",
 }
-"""Of what the checks know something; anything else could undo what they hold, as a Role could."""
+"""What these checks are about; anything else might undo what they hold."""
 
 
 def kind_problems(objects: list[Object]) -> Iterator[str]:
-    """Objects that the checks know nothing of, and what in those that they know would pass unseen."""
-    for item in objects:
-        if item["kind"] not in KINDS:
-            yield f"{title(item)}: is of a kind that is unknown to the checks"
-    for policy in of_kind(objects, "NetworkPolicy"):
-        rules = [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
-        if any("endPort" in port for rule in rules for port in rule.get("ports", [])):
-            yield f"{title(policy)}: endPort is unknown to the checks"
+    """Objects that no check looks at."""
+    yield from (f"{title(item)}: is of a kind unknown to these checks" for item in objects if item["kind"] not in KINDS)
 
 
 def name_problems(objects: list[Object]) -> Iterator[str]:
@@ -81,17 +85,26 @@ def selector_problems(objects: list[Object]) -> Iterator[str]:
             if selected(objects, constraint.get("labelSelector", {})) != [workload]:
                 yield f"{title(workload)}: spreads other pods than its own over {constraint['topologyKey']}"
     for service in of_kind(objects, "Service"):
-        if service["spec"].get("publishNotReadyAddresses"):
-            yield f"{title(service)}: has callers find pods that are not ready"
         behind = served(objects, service)
         if len(behind) != 1:
             yield f"{title(service)}: selects the pods of {len(behind)} workloads"
             continue
-        if behind[0]["kind"] == "Deployment" and service["spec"].get("clusterIP") != "None":
-            yield f"{title(service)}: is not headless, so that each line stays with one pod"
         for port in service["spec"]["ports"]:
             if port.get("targetPort") not in ports(behind[0]):
                 yield f"{title(service)}: target port {port.get('targetPort')} is no named port of {title(behind[0])}"
+
+
+def service_problems(objects: list[Object]) -> Iterator[str]:
+    """Services that send calls to pods that cannot take them, or to always the same."""
+    headless = []
+    for service in of_kind(objects, "Service"):
+        if service["spec"].get("publishNotReadyAddresses"):
+            yield f"{title(service)}: is for pods that are not ready, too"
+        if service["spec"].get("clusterIP") == "None":
+            headless += served(objects, service)
+    for workload in workloads(objects):
+        if pod_labels(workload).get(COMPONENT) == "inference" and workload not in headless:
+            yield f"{title(workload)}: has no headless Service, and so a line calls always the same pod"
 
 
 def reference_problems(objects: list[Object]) -> Iterator[str]:

@@ -21,6 +21,7 @@ BUDGET, SCALER = "PodDisruptionBudget/inference-site-a", "HorizontalPodAutoscale
 CERTIFICATE, MONITOR = "Certificate/inference-site-a-tls", "PodMonitor/feddymem"
 RULE = "PrometheusRule/feddymem"
 POLICY = "NetworkPolicy/"
+SERVICE = "Service/inference-site-a"
 CONFIG = "ConfigMap/inference-settings-site-a"
 TEXT = "aggregator: nowhere:7070\ndanger_listen_without_tls: true"
 
@@ -71,6 +72,8 @@ BROKEN = [
     (AGGREGATOR, "metadata labels app.kubernetes.io/version", "0.1.0+local", "bad label"),
     (AGGREGATOR, "metadata labels app.kubernetes.io/version", "0.0.9", "is not labelled as version"),
     (AGGREGATOR, "metadata namespace", "default", "is not in the namespace feddymem"),
+    ("ServiceAccount/aggregator", "kind", "DaemonSet", "DaemonSet/aggregator: is of a kind unknown"),
+    (POLICY + "dns", "kind", "Role", "Role/dns: is of a kind unknown"),
     ("Namespace/feddymem", "kind", "Name", "0 namespaces instead of one"),
     ("Namespace/feddymem", "metadata labels pod-security.kubernetes.io/enforce", "baseline", "to the restricted"),
     # Selectors
@@ -79,6 +82,8 @@ BROKEN = [
     ("Service/aggregator", "spec selector", {"app.kubernetes.io/name": "feddymem"}, "selects the pods of 3"),
     ("Service/edge-client-site-a", "spec ports 0 targetPort", 7071, "target port 7071 is no named port"),
     ("Service/edge-client-site-a", "spec ports 0 targetPort", "http", "target port http is no named port"),
+    (SERVICE, "spec clusterIP", GONE, f"{INFERENCE}: has no headless Service"),
+    (SERVICE, "spec publishNotReadyAddresses", True, "is for pods that are not ready, too"),
     # References
     (EDGE, "spec serviceName", "edge", "Service/edge does not exist"),
     (EDGE, f"{POD} volumes name=settings configMap name", "gone", "ConfigMap/gone does not exist"),
@@ -103,38 +108,52 @@ BROKEN = [
     (INFERENCE, f"{POD} automountServiceAccountToken", True, "automountServiceAccountToken is not"),
     (INFERENCE, f"{POD} securityContext runAsNonRoot", False, "may run as root"),
     (INFERENCE, f"{POD} securityContext seccompProfile", GONE, "seccompProfile is not"),
-    (INFERENCE, f"{POD} hostNetwork", True, "hostNetwork is set"),
+    (INFERENCE, f"{POD} hostNetwork", True, "hostNetwork is unknown to these checks"),
+    (INFERENCE, f"{POD} securityContext sysctls", [], "sysctls is unknown to these checks"),
     (INFERENCE, f"{POD} volumes name=tmp", {"name": "tmp", "hostPath": {"path": "/dev"}}, "volume tmp is a hostPath"),
     (INFERENCE, f"{BOX} securityContext allowPrivilegeEscalation", GONE, "may be escalated"),
     (INFERENCE, f"{BOX} securityContext readOnlyRootFilesystem", False, "filesystem is writable"),
     (INFERENCE, f"{BOX} securityContext capabilities", {"add": ["NET_RAW"]}, "capabilities other"),
-    (INFERENCE, f"{BOX} securityContext runAsUser", 0, "runAsUser of a container is unknown"),
-    (INFERENCE, f"{BOX} securityContext seccompProfile", {"type": "Unconfined"}, "seccompProfile of a container"),
-    (INFERENCE, f"{POD} securityContext sysctls", [], "sysctls of a pod is unknown"),
-    (INFERENCE, f"{BOX} ports 0 hostPort", 7072, "hostPort of a port is unknown"),
-    (INFERENCE, f"{BOX} envFrom", [{"secretRef": {"name": "gone"}}], "envFrom and valueFrom are unknown"),
-    (AGGREGATOR, "kind", "DaemonSet", "is of a kind that is unknown"),
-    ("ServiceAccount/aggregator", "kind", "Role", "is of a kind that is unknown"),
-    (f"{POLICY}aggregator", "spec ingress 0 ports 0 endPort", 65535, "endPort is unknown"),
+    (INFERENCE, f"{BOX} securityContext privileged", True, "privileged is unknown to these checks"),
+    (INFERENCE, f"{BOX} securityContext runAsUser", 0, "runAsUser is unknown to these checks"),
+    (INFERENCE, f"{BOX} securityContext runAsNonRoot", False, "runAsNonRoot is unknown to these checks"),
+    (INFERENCE, f"{BOX} securityContext seccompProfile", {"type": "Unconfined"}, "seccompProfile is unknown to these"),
+    (INFERENCE, f"{BOX} ports name=grpc hostPort", 7072, "hostPort is unknown to these checks"),
+    (INFERENCE, f"{BOX} command", ["sh"], "command is unknown to these checks"),
+    (INFERENCE, f"{BOX} envFrom", [{"secretRef": {"name": "gone"}}], "envFrom is unknown to these checks"),
+    (
+        INFERENCE,
+        f"{BOX} env name=XDG_CACHE_HOME",
+        {"name": "XDG_CACHE_HOME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+        "XDG_CACHE_HOME: valueFrom is unknown to these checks",
+    ),
+    (INFERENCE, f"{BOX} env name=XDG_CACHE_HOME value", "$(HOME)", "$( is unknown to these checks"),
+    (INFERENCE, f"{BOX} args 2", "$(CONFIG)", "$( is unknown to these checks"),
     # Images
-    (AGGREGATOR, f"{BOX} image", "feddymem:latest", "has no fixed tag"),
-    (AGGREGATOR, f"{BOX} image", "registry.example.org:5000/feddymem", "has no fixed tag"),
-    (AGGREGATOR, f"{BOX} image", "nginx:1.0", "image is nginx:1.0, not a feddymem"),
-    (EDGE, f"{BOX} image", "feddymem:0.1.0", "image is feddymem:0.1.0, not a feddymem-cuda"),
-    (EDGE, f"{BOX} resources limits nvidia.com/gpu", GONE, "not a feddymem"),
+    (INFERENCE, f"{BOX} image", "feddymem:latest", "image feddymem:latest has neither a fixed tag nor"),
+    (INFERENCE, f"{BOX} image", "feddymem", "image feddymem has neither a fixed tag nor"),
+    (INFERENCE, f"{BOX} image", "registry:5000/feddymem", "image registry:5000/feddymem has neither a fixed tag nor"),
+    (EDGE, f"{BOX} resources limits nvidia.com/gpu", GONE, "computes on a GPU, and has no limit of nvidia.com/gpu"),
     # Probes
     (INFERENCE, f"{BOX} readinessProbe", GONE, "readinessProbe does not ask"),
     (INFERENCE, f"{BOX} livenessProbe grpc service", GONE, "livenessProbe does not ask"),
     (INFERENCE, f"{BOX} startupProbe grpc port", 7072, "startupProbe does not ask the health port"),
     (INFERENCE, f"{BOX} ports name=health containerPort", 7083, "readinessProbe does not ask the health port"),
-    # Disruption budgets, autoscalers
+    # Numbers of pods, disruption budgets, autoscalers
+    (AGGREGATOR, "spec replicas", 2, f"{AGGREGATOR}: has 2 pods, and one alone writes its state"),
+    (EDGE, "spec replicas", 0, f"{EDGE}: has 0 pods, and one alone writes its state"),
+    (
+        SCALER,
+        "spec scaleTargetRef",
+        {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "aggregator"},
+        "StatefulSet/aggregator has one pod, and it alone writes its state",
+    ),
+    (BUDGET, "spec maxUnavailable", 5, "all pods may be evicted at once"),
+    (BUDGET, "spec maxUnavailable", 2, "all pods may be evicted at once"),
+    (BUDGET, "spec maxUnavailable", "100%", "no pod may ever be evicted, or not a number of them"),
     (BUDGET, "spec selector matchLabels app.kubernetes.io/component", "x", "is for the pods of 0 workloads"),
     (BUDGET, "spec selector matchLabels app.kubernetes.io/component", "x", "has no disruption budget"),
     (BUDGET, "spec maxUnavailable", 0, "no pod may ever be evicted"),
-    (BUDGET, "spec maxUnavailable", 5, "more than one pod may be away at once"),
-    (AGGREGATOR, "spec replicas", 2, "has other than one pod"),
-    ("Service/inference-site-a", "spec clusterIP", GONE, "is not headless"),
-    ("Service/inference-site-a", "spec publishNotReadyAddresses", True, "find pods that are not ready"),
     (SCALER, "spec scaleTargetRef name", "inference", "Deployment/inference does not exist"),
     (SCALER, "spec scaleTargetRef apiVersion", GONE, "Deployment/inference-site-a does not exist"),
     (SCALER, "spec minReplicas", 9, "minReplicas is above maxReplicas"),
@@ -212,6 +231,13 @@ BROKEN = [
         {},
         "in from namespaceSelector and podSelector, which is",
     ),
+    (f"{POLICY}inference", "spec ingress 0 ports 0 endPort", 65535, "endPort is unknown to these checks"),
+    (
+        f"{POLICY}inference",
+        "spec ingress 0 from 1 namespaceSelector matchExpressions",
+        [{"key": "a", "operator": "Exists"}],
+        "in from namespaceSelector, which is unknown",
+    ),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "http", "has no port http"),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "grpc", "lets it in from namespaces with feddymem.io/monitor"),
     (MONITOR, "kind", "Monitor", "feddymem.io/monitoring=true at TCP 9072, for nothing"),
@@ -230,6 +256,28 @@ def test_both_versions_of_kubernetes_are_asked() -> None:
     change(find(objects, AGGREGATOR), "spec replica", 1)
     found = problems(objects)
     assert [line.split(": ")[1] for line in found] == [f"Kubernetes {version}" for version in VERSIONS]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "feddymem:0.0.9",
+        "registry.example.org:5000/lines/feddymem:0.1.0",
+        f"registry.example.org/feddymem@sha256:{'0a' * 32}",
+        f"feddymem:latest@sha256:{'0a' * 32}",
+    ],
+)
+def test_an_image_of_another_name_is_sound(image: str) -> None:
+    objects = build(K8S / "overlays" / "prod")
+    change(find(objects, INFERENCE), f"{BOX} image", image)
+    assert problems(objects) == []
+
+
+def test_what_an_overlay_may_add_is_sound() -> None:
+    objects = build(K8S / "overlays" / "prod")
+    change(find(objects, INFERENCE), f"{POD} imagePullSecrets", [{"name": "registry"}])
+    change(find(objects, INFERENCE), f"{POD} nodeSelector", {"disk": "ssd"})
+    assert problems(objects) == []
 
 
 @pytest.mark.parametrize(
