@@ -79,7 +79,7 @@ def test_pods_reach_nothing_but_the_cluster(deployment: Deployment) -> None:
         "import socket, sys\n"
         "try: socket.create_connection(('1.1.1.1', 443), 5)\n"
         "except OSError as error: print(error.strerror)\n"
-        "try: socket.getaddrinfo('pypi.org', 443)\n"
+        "try: socket.getaddrinfo('example.org', 443)\n"
         "except socket.gaierror as error: print(error.strerror)\n"
     )
     said = pods(deployment)[0].inside("python", "-c", program).splitlines()

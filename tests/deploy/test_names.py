@@ -34,7 +34,7 @@ def parsed(reply: bytes) -> tuple[int, list[str]]:
     [
         (query("Inference.Cluster"), (0, ["10.0.0.1", "10.0.0.2"])),
         (query("inference.cluster", AAAA), (0, [])),
-        (query("pypi.org"), (3, [])),
+        (query("example.org"), (3, [])),
     ],
 )
 def test_answers_name_addresses_or_say_that_there_are_none(asked: bytes, expected: tuple[int, list[str]]) -> None:
