@@ -57,6 +57,7 @@ class InferenceTrial:
             "generator": Publishing(folder / "generators", space, "parts", line.site),
         }
         self._kills: list[KillPoint] = []
+        self._scores: dict[int, float] = {}
         self._armed = False
 
     def run(self, kills: Sequence[KillPoint]) -> dict[int, float]:
@@ -69,20 +70,17 @@ class InferenceTrial:
             PromiseBrokenError: a moment of death never came, the service ended in another way, a release did not get
                 through, or something else was on disk in the end than it is scoring with.
         """
-        self._kills = list(kills)
+        self._kills, self._scores = list(kills), {}
         self._start()
-        scores = {}
         for kind, version in RELEASES:
             release = self._line.release(kind, version)
             data = self._line.releases[kind, version].arrays
             wires = [WireArray(manifest, piece) for manifest, piece in zip(release.arrays, data, strict=True)]
             self._publishing[kind].publish(version, wires, release.needs_generator)
             wait(lambda kind=kind, version=version: self._taken(kind, version), self._explain)  # type: ignore[misc]
-            if kind == "memory":
-                scores[version] = self._inspect()[1]
         wait(lambda: self._taken(*RELEASES[-1]) and not self._armed, self._explain)
         self._check_disk()
-        return scores
+        return self._scores
 
     def close(self) -> None:
         """Ends the service and the publishers."""
@@ -111,7 +109,12 @@ class InferenceTrial:
             self._start()
             return False
         written = any(self._releases.glob(f"*-{_KINDS[kind]}-{version:010}.binpb"))
-        return written and (kind == "generator" or self._inspect()[0] == version)
+        if not written or kind == "generator":
+            return written
+        release, score = self._inspect()
+        if release == version:  # noted at once: the next inspection may find the service dead
+            self._scores[version] = score
+        return release == version
 
     def _inspect(self) -> tuple[int, float]:
         with InspectionClient(self.address, attempts=1) as client:
