@@ -23,6 +23,7 @@ from torch import Tensor
 from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import DatasetError
 from feddymem.extraction import ImageFile, Stamp, features_of, stamp_of
+from feddymem.hold_out import held_out
 from feddymem.images import MAX_PIXELS, ImageError
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.patches import images_per_block
@@ -125,7 +126,7 @@ class FeatureCache:
         for number, file in zip(missing, self._features_of([paths[n] for n in missing], again=True), strict=True):
             if isinstance(file, ImageError):
                 raise file
-            if file.sha256 != self._name(paths[number]):
+            if file.sha256 != self.name(paths[number]):
                 raise ImageError(f"{paths[number]}: has changed since it was read")
             self._keep(paths[number], file)
             block[number] = file.features
@@ -153,7 +154,7 @@ class FeatureCache:
         except OSError:  # told when it is read
             return False
 
-    def _name(self, image: Path) -> str:
+    def name(self, image: Path) -> str:
         """SHA-256 of an image file, in hex."""
         if image not in self._read_before:
             try:
@@ -169,7 +170,7 @@ class FeatureCache:
 
     def _read(self, image: Path) -> NDArray[np.float16] | None:
         """An image's entry; None where there is none, or none that is whole."""
-        entry, space = self._entry(self._name(image)), self.extractor.feature_space
+        entry, space = self._entry(self.name(image)), self.extractor.feature_space
         try:
             content = entry.read_bytes()
             if self._limit is not None:
@@ -228,6 +229,14 @@ class CachedPatches:
         space = cache.extractor.feature_space
         self._cache, self.paths = cache, tuple(paths)
         self.images, self.patches_per_image, self.channels = len(paths), space.patches, space.channels
+
+    def split(self, share: float, seed: int) -> tuple[CachedPatches, CachedPatches | None]:
+        """Those of the images that make the bank, and those that are held out; None for none. See `held_out`."""
+        names = {path: self._cache.name(path) for path in self.paths}
+        chosen = held_out(list(names.values()), share, seed)
+        bank = [path for path in self.paths if names[path] not in chosen]
+        held = [path for path in self.paths if names[path] in chosen]
+        return CachedPatches(self._cache, bank), CachedPatches(self._cache, held) if held else None
 
     def blocks(self) -> Iterator[Tensor]:
         """See PatchSource."""

@@ -36,6 +36,12 @@ class Method(BaseModel):
     rounds: int = Field(default=2, ge=1, le=100_000, description="rounds until the federation is done; 1 is one shot")
     weighted: bool = Field(default=False, description="weight items by their patches in k-means aggregation")
     item_type: ItemType = Field(default="uint8", description="element type of bank items on the wire")
+    hold_out_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=0.5,
+        description="share of a site's normal images that it holds out of its bank, to calibrate releases; 0 for none",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random choice at sites and aggregator")
 
     def bank_bytes(self, items: int, channels: int) -> int:

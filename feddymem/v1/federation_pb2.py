@@ -23,51 +23,58 @@ _sym_db = _symbol_database.Default()
 
 
 from feddymem.v1 import array_pb2 as feddymem_dot_v1_dot_array__pb2
+from feddymem.v1 import calibration_pb2 as feddymem_dot_v1_dot_calibration__pb2
 from feddymem.v1 import feature_space_pb2 as feddymem_dot_v1_dot_feature__space__pb2
 from feddymem.v1 import operator_pb2 as feddymem_dot_v1_dot_operator__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x64ymem/v1/federation.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x17\x66\x65\x64\x64ymem/v1/array.proto\x1a\x1f\x66\x65\x64\x64ymem/v1/feature_space.proto\x1a\x1a\x66\x65\x64\x64ymem/v1/operator.proto\"\xdc\x01\n\x06Method\x12\x11\n\tgenerator\x18\x01 \x01(\x08\x12\x13\n\x0bmetric_loss\x18\x02 \x01(\x08\x12\x15\n\rmemory_reduce\x18\x03 \x01(\x08\x12\x12\n\nbank_items\x18\x04 \x01(\r\x12\x14\n\x0cmemory_items\x18\x05 \x01(\r\x12\x0e\n\x06rounds\x18\x06 \x01(\r\x12(\n\titem_type\x18\x07 \x01(\x0e\x32\x15.feddymem.v1.DataType\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08weighted\x18\t \x01(\x08\x12\x0f\n\x07origins\x18\n \x01(\x08\"\x83\x01\n\x0bJoinRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x30\n\rfeature_space\x18\x04 \x01(\x0b\x32\x19.feddymem.v1.FeatureSpace\x12\x0e\n\x06images\x18\x05 \x01(\x04\"3\n\x0cJoinResponse\x12#\n\x06method\x18\x01 \x01(\x0b\x32\x13.feddymem.v1.Method\"H\n\x12WatchRoundsRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\"\x9b\x01\n\x13WatchRoundsResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.feddymem.v1.Phase\x12\r\n\x05round\x18\x02 \x01(\r\x12\x14\n\x0cseconds_left\x18\x03 \x01(\x01\x12)\n\x06memory\x18\x04 \x01(\x0b\x32\x19.feddymem.v1.GlobalMemory\x12\x11\n\twaits_for\x18\x05 \x01(\t\"C\n\x0cGlobalMemory\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\"\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x12.feddymem.v1.Array\"\x98\x01\n\nBankHeader\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x0e\n\x06images\x18\x06 \x01(\x04\x12\"\n\x06\x61rrays\x18\x07 \x03(\x0b\x32\x12.feddymem.v1.Array\"s\n\x11UploadBankRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.feddymem.v1.BankHeaderH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.feddymem.v1.ArrayChunkH\x00\x42\t\n\x07\x63ontent\"-\n\x0b\x41rrayOffset\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\":\n\rResumeOffsets\x12)\n\x07offsets\x18\x01 \x03(\x0b\x32\x18.feddymem.v1.ArrayOffset\"&\n\x0c\x42\x61nkAccepted\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"|\n\x12UploadBankResponse\x12,\n\x06resume\x18\x01 \x01(\x0b\x32\x1a.feddymem.v1.ResumeOffsetsH\x00\x12-\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x19.feddymem.v1.BankAcceptedH\x00\x42\t\n\x07\x63ontent\"&\n\x10GetStatusRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\"G\n\x11GetStatusResponse\x12\x32\n\x0b\x66\x65\x64\x65rations\x18\x01 \x03(\x0b\x32\x1d.feddymem.v1.FederationStatus\"\xb3\x02\n\x10\x46\x65\x64\x65rationStatus\x12\x12\n\nfederation\x18\x01 \x01(\t\x12!\n\x05phase\x18\x02 \x01(\x0e\x32\x12.feddymem.v1.Phase\x12\r\n\x05round\x18\x03 \x01(\r\x12#\n\x06method\x18\x04 \x01(\x0b\x32\x13.feddymem.v1.Method\x12\x0e\n\x06quorum\x18\x05 \x01(\r\x12&\n\x05sites\x18\x06 \x03(\x0b\x32\x17.feddymem.v1.SiteStatus\x12\x0f\n\x07release\x18\x07 \x01(\r\x12\x30\n\rfeature_space\x18\x08 \x01(\x0b\x32\x19.feddymem.v1.FeatureSpace\x12\x11\n\twaits_for\x18\t \x01(\t\x12\x10\n\x08releases\x18\n \x03(\r\x12\x14\n\x0crelease_held\x18\x0b \x01(\x08\"\xa5\x01\n\nSiteStatus\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07present\x18\x02 \x01(\x08\x12\x12\n\nlast_round\x18\x03 \x01(\r\x12\x0e\n\x06images\x18\x04 \x01(\x04\x12\x17\n\x0f\x62ytes_per_round\x18\x05 \x03(\x04\x12\'\n\x08standing\x18\x06 \x01(\x0e\x32\x15.feddymem.v1.Standing\x12\x12\n\nquarantine\x18\x07 \x01(\t*h\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_WAITING\x10\x01\x12\x0e\n\nPHASE_OPEN\x10\x02\x12\x15\n\x11PHASE_AGGREGATING\x10\x03\x12\x0e\n\nPHASE_DONE\x10\x04\x32\xc3\x02\n\x11\x46\x65\x64\x65rationService\x12;\n\x04Join\x12\x18.feddymem.v1.JoinRequest\x1a\x19.feddymem.v1.JoinResponse\x12R\n\x0bWatchRounds\x12\x1f.feddymem.v1.WatchRoundsRequest\x1a .feddymem.v1.WatchRoundsResponse0\x01\x12Q\n\nUploadBank\x12\x1e.feddymem.v1.UploadBankRequest\x1a\x1f.feddymem.v1.UploadBankResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.feddymem.v1.GetStatusRequest\x1a\x1e.feddymem.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x64ymem/v1/federation.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x17\x66\x65\x64\x64ymem/v1/array.proto\x1a\x1d\x66\x65\x64\x64ymem/v1/calibration.proto\x1a\x1f\x66\x65\x64\x64ymem/v1/feature_space.proto\x1a\x1a\x66\x65\x64\x64ymem/v1/operator.proto\"\xf4\x01\n\x06Method\x12\x11\n\tgenerator\x18\x01 \x01(\x08\x12\x13\n\x0bmetric_loss\x18\x02 \x01(\x08\x12\x15\n\rmemory_reduce\x18\x03 \x01(\x08\x12\x12\n\nbank_items\x18\x04 \x01(\r\x12\x14\n\x0cmemory_items\x18\x05 \x01(\r\x12\x0e\n\x06rounds\x18\x06 \x01(\r\x12(\n\titem_type\x18\x07 \x01(\x0e\x32\x15.feddymem.v1.DataType\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08weighted\x18\t \x01(\x08\x12\x0f\n\x07origins\x18\n \x01(\x08\x12\x16\n\x0ehold_out_share\x18\x0b \x01(\x01\"\x83\x01\n\x0bJoinRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x30\n\rfeature_space\x18\x04 \x01(\x0b\x32\x19.feddymem.v1.FeatureSpace\x12\x0e\n\x06images\x18\x05 \x01(\x04\"3\n\x0cJoinResponse\x12#\n\x06method\x18\x01 \x01(\x0b\x32\x13.feddymem.v1.Method\"H\n\x12WatchRoundsRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\"\xc9\x01\n\x13WatchRoundsResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.feddymem.v1.Phase\x12\r\n\x05round\x18\x02 \x01(\r\x12\x14\n\x0cseconds_left\x18\x03 \x01(\x01\x12)\n\x06memory\x18\x04 \x01(\x0b\x32\x19.feddymem.v1.GlobalMemory\x12,\n\tcandidate\x18\x06 \x01(\x0b\x32\x19.feddymem.v1.GlobalMemory\x12\x11\n\twaits_for\x18\x05 \x01(\t\"C\n\x0cGlobalMemory\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\"\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x12.feddymem.v1.Array\"\x98\x01\n\nBankHeader\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x0e\n\x06images\x18\x06 \x01(\x04\x12\"\n\x06\x61rrays\x18\x07 \x03(\x0b\x32\x12.feddymem.v1.Array\"s\n\x11UploadBankRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.feddymem.v1.BankHeaderH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.feddymem.v1.ArrayChunkH\x00\x42\t\n\x07\x63ontent\"-\n\x0b\x41rrayOffset\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\":\n\rResumeOffsets\x12)\n\x07offsets\x18\x01 \x03(\x0b\x32\x18.feddymem.v1.ArrayOffset\"&\n\x0c\x42\x61nkAccepted\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"|\n\x12UploadBankResponse\x12,\n\x06resume\x18\x01 \x01(\x0b\x32\x1a.feddymem.v1.ResumeOffsetsH\x00\x12-\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x19.feddymem.v1.BankAcceptedH\x00\x42\t\n\x07\x63ontent\"\xc8\x01\n\x10\x43\x61librateRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x14\n\x0citems_sha256\x18\x05 \x01(\x0c\x12/\n\tcandidate\x18\x06 \x01(\x0b\x32\x1c.feddymem.v1.SiteCalibration\x12*\n\x04\x62\x61se\x18\x07 \x01(\x0b\x32\x1c.feddymem.v1.SiteCalibration\"\x13\n\x11\x43\x61librateResponse\"&\n\x10GetStatusRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\"G\n\x11GetStatusResponse\x12\x32\n\x0b\x66\x65\x64\x65rations\x18\x01 \x03(\x0b\x32\x1d.feddymem.v1.FederationStatus\"\x9a\x03\n\x10\x46\x65\x64\x65rationStatus\x12\x12\n\nfederation\x18\x01 \x01(\t\x12!\n\x05phase\x18\x02 \x01(\x0e\x32\x12.feddymem.v1.Phase\x12\r\n\x05round\x18\x03 \x01(\r\x12#\n\x06method\x18\x04 \x01(\x0b\x32\x13.feddymem.v1.Method\x12\x0e\n\x06quorum\x18\x05 \x01(\r\x12&\n\x05sites\x18\x06 \x03(\x0b\x32\x17.feddymem.v1.SiteStatus\x12\x0f\n\x07release\x18\x07 \x01(\r\x12\x30\n\rfeature_space\x18\x08 \x01(\x0b\x32\x19.feddymem.v1.FeatureSpace\x12\x11\n\twaits_for\x18\t \x01(\t\x12\x10\n\x08releases\x18\n \x03(\r\x12\x14\n\x0crelease_held\x18\x0b \x01(\x08\x12\x33\n\x0f\x66\x61iled_releases\x18\x0c \x03(\x0b\x32\x1a.feddymem.v1.FailedRelease\x12\x16\n\x0eshadow_release\x18\r \x01(\r\x12\x18\n\x10\x66\x61lse_alarm_rate\x18\x0e \x01(\x01\"0\n\rFailedRelease\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xbe\x01\n\nSiteStatus\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07present\x18\x02 \x01(\x08\x12\x12\n\nlast_round\x18\x03 \x01(\r\x12\x0e\n\x06images\x18\x04 \x01(\x04\x12\x17\n\x0f\x62ytes_per_round\x18\x05 \x03(\x04\x12\'\n\x08standing\x18\x06 \x01(\x0e\x32\x15.feddymem.v1.Standing\x12\x12\n\nquarantine\x18\x07 \x01(\t\x12\x17\n\x0fheld_out_images\x18\x08 \x01(\r*\x7f\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_WAITING\x10\x01\x12\x0e\n\nPHASE_OPEN\x10\x02\x12\x15\n\x11PHASE_AGGREGATING\x10\x03\x12\x0e\n\nPHASE_DONE\x10\x04\x12\x15\n\x11PHASE_CALIBRATING\x10\x05\x32\x8f\x03\n\x11\x46\x65\x64\x65rationService\x12;\n\x04Join\x12\x18.feddymem.v1.JoinRequest\x1a\x19.feddymem.v1.JoinResponse\x12R\n\x0bWatchRounds\x12\x1f.feddymem.v1.WatchRoundsRequest\x1a .feddymem.v1.WatchRoundsResponse0\x01\x12Q\n\nUploadBank\x12\x1e.feddymem.v1.UploadBankRequest\x1a\x1f.feddymem.v1.UploadBankResponse(\x01\x30\x01\x12J\n\tCalibrate\x12\x1d.feddymem.v1.CalibrateRequest\x1a\x1e.feddymem.v1.CalibrateResponse\x12J\n\tGetStatus\x12\x1d.feddymem.v1.GetStatusRequest\x1a\x1e.feddymem.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'feddymem.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=1978
-  _globals['_PHASE']._serialized_end=2082
-  _globals['_METHOD']._serialized_start=132
-  _globals['_METHOD']._serialized_end=352
-  _globals['_JOINREQUEST']._serialized_start=355
-  _globals['_JOINREQUEST']._serialized_end=486
-  _globals['_JOINRESPONSE']._serialized_start=488
-  _globals['_JOINRESPONSE']._serialized_end=539
-  _globals['_WATCHROUNDSREQUEST']._serialized_start=541
-  _globals['_WATCHROUNDSREQUEST']._serialized_end=613
-  _globals['_WATCHROUNDSRESPONSE']._serialized_start=616
-  _globals['_WATCHROUNDSRESPONSE']._serialized_end=771
-  _globals['_GLOBALMEMORY']._serialized_start=773
-  _globals['_GLOBALMEMORY']._serialized_end=840
-  _globals['_BANKHEADER']._serialized_start=843
-  _globals['_BANKHEADER']._serialized_end=995
-  _globals['_UPLOADBANKREQUEST']._serialized_start=997
-  _globals['_UPLOADBANKREQUEST']._serialized_end=1112
-  _globals['_ARRAYOFFSET']._serialized_start=1114
-  _globals['_ARRAYOFFSET']._serialized_end=1159
-  _globals['_RESUMEOFFSETS']._serialized_start=1161
-  _globals['_RESUMEOFFSETS']._serialized_end=1219
-  _globals['_BANKACCEPTED']._serialized_start=1221
-  _globals['_BANKACCEPTED']._serialized_end=1259
-  _globals['_UPLOADBANKRESPONSE']._serialized_start=1261
-  _globals['_UPLOADBANKRESPONSE']._serialized_end=1385
-  _globals['_GETSTATUSREQUEST']._serialized_start=1387
-  _globals['_GETSTATUSREQUEST']._serialized_end=1425
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1427
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1498
-  _globals['_FEDERATIONSTATUS']._serialized_start=1501
-  _globals['_FEDERATIONSTATUS']._serialized_end=1808
-  _globals['_SITESTATUS']._serialized_start=1811
-  _globals['_SITESTATUS']._serialized_end=1976
-  _globals['_FEDERATIONSERVICE']._serialized_start=2085
-  _globals['_FEDERATIONSERVICE']._serialized_end=2408
+  _globals['_PHASE']._serialized_start=2481
+  _globals['_PHASE']._serialized_end=2608
+  _globals['_METHOD']._serialized_start=163
+  _globals['_METHOD']._serialized_end=407
+  _globals['_JOINREQUEST']._serialized_start=410
+  _globals['_JOINREQUEST']._serialized_end=541
+  _globals['_JOINRESPONSE']._serialized_start=543
+  _globals['_JOINRESPONSE']._serialized_end=594
+  _globals['_WATCHROUNDSREQUEST']._serialized_start=596
+  _globals['_WATCHROUNDSREQUEST']._serialized_end=668
+  _globals['_WATCHROUNDSRESPONSE']._serialized_start=671
+  _globals['_WATCHROUNDSRESPONSE']._serialized_end=872
+  _globals['_GLOBALMEMORY']._serialized_start=874
+  _globals['_GLOBALMEMORY']._serialized_end=941
+  _globals['_BANKHEADER']._serialized_start=944
+  _globals['_BANKHEADER']._serialized_end=1096
+  _globals['_UPLOADBANKREQUEST']._serialized_start=1098
+  _globals['_UPLOADBANKREQUEST']._serialized_end=1213
+  _globals['_ARRAYOFFSET']._serialized_start=1215
+  _globals['_ARRAYOFFSET']._serialized_end=1260
+  _globals['_RESUMEOFFSETS']._serialized_start=1262
+  _globals['_RESUMEOFFSETS']._serialized_end=1320
+  _globals['_BANKACCEPTED']._serialized_start=1322
+  _globals['_BANKACCEPTED']._serialized_end=1360
+  _globals['_UPLOADBANKRESPONSE']._serialized_start=1362
+  _globals['_UPLOADBANKRESPONSE']._serialized_end=1486
+  _globals['_CALIBRATEREQUEST']._serialized_start=1489
+  _globals['_CALIBRATEREQUEST']._serialized_end=1689
+  _globals['_CALIBRATERESPONSE']._serialized_start=1691
+  _globals['_CALIBRATERESPONSE']._serialized_end=1710
+  _globals['_GETSTATUSREQUEST']._serialized_start=1712
+  _globals['_GETSTATUSREQUEST']._serialized_end=1750
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1752
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1823
+  _globals['_FEDERATIONSTATUS']._serialized_start=1826
+  _globals['_FEDERATIONSTATUS']._serialized_end=2236
+  _globals['_FAILEDRELEASE']._serialized_start=2238
+  _globals['_FAILEDRELEASE']._serialized_end=2286
+  _globals['_SITESTATUS']._serialized_start=2289
+  _globals['_SITESTATUS']._serialized_end=2479
+  _globals['_FEDERATIONSERVICE']._serialized_start=2611
+  _globals['_FEDERATIONSERVICE']._serialized_end=3010
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ The rounds of a federation: spoken between edge clients (callers) and the aggreg
 
 from collections import abc as _abc
 from feddymem.v1 import array_pb2 as _array_pb2
+from feddymem.v1 import calibration_pb2 as _calibration_pb2
 from feddymem.v1 import feature_space_pb2 as _feature_space_pb2
 from feddymem.v1 import operator_pb2 as _operator_pb2
 from google.protobuf import descriptor as _descriptor
@@ -38,6 +39,8 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     """The round is closed and its global memory is being computed."""
     PHASE_DONE: _Phase.ValueType  # 4
     """All rounds are over."""
+    PHASE_CALIBRATING: _Phase.ValueType  # 5
+    """The round's global memory is a candidate: sites score their held-out images with it before it is released."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """Phase of a federation."""
@@ -52,6 +55,8 @@ PHASE_AGGREGATING: Phase.ValueType  # 3
 """The round is closed and its global memory is being computed."""
 PHASE_DONE: Phase.ValueType  # 4
 """All rounds are over."""
+PHASE_CALIBRATING: Phase.ValueType  # 5
+"""The round's global memory is a candidate: sites score their held-out images with it before it is released."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 @_typing.final
@@ -70,6 +75,7 @@ class Method(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     WEIGHTED_FIELD_NUMBER: _builtins.int
     ORIGINS_FIELD_NUMBER: _builtins.int
+    HOLD_OUT_SHARE_FIELD_NUMBER: _builtins.int
     generator: _builtins.bool
     """Whether patch features pass through the site's trained memory generator."""
     metric_loss: _builtins.bool
@@ -90,6 +96,8 @@ class Method(_message.Message):
     """Whether k-means weights items by the number of patches behind them."""
     origins: _builtins.bool
     """Whether the global memory keeps which sites' patches are behind an item; an image is scored as one site's."""
+    hold_out_share: _builtins.float
+    """Share of a site's normal images that it holds out of its bank, to calibrate releases; 0 for none."""
     def __init__(
         self,
         *,
@@ -103,10 +111,11 @@ class Method(_message.Message):
         seed: _builtins.int = ...,
         weighted: _builtins.bool = ...,
         origins: _builtins.bool = ...,
+        hold_out_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_items", b"bank_items", "generator", b"generator", "item_type", b"item_type", "memory_items", b"memory_items", "memory_reduce", b"memory_reduce", "metric_loss", b"metric_loss", "origins", b"origins", "rounds", b"rounds", "seed", b"seed", "weighted", b"weighted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_items", b"bank_items", "generator", b"generator", "hold_out_share", b"hold_out_share", "item_type", b"item_type", "memory_items", b"memory_items", "memory_reduce", b"memory_reduce", "metric_loss", b"metric_loss", "origins", b"origins", "rounds", b"rounds", "seed", b"seed", "weighted", b"weighted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -216,6 +225,7 @@ class WatchRoundsResponse(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
     WAITS_FOR_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     """Phase of the round."""
@@ -229,6 +239,10 @@ class WatchRoundsResponse(_message.Message):
     def memory(self) -> Global___GlobalMemory:
         """Global memory that this round starts from; unset in the first round."""
 
+    @_builtins.property
+    def candidate(self) -> Global___GlobalMemory:
+        """Global memory that the round has made; set in PHASE_CALIBRATING only."""
+
     def __init__(
         self,
         *,
@@ -236,11 +250,12 @@ class WatchRoundsResponse(_message.Message):
         round: _builtins.int = ...,
         seconds_left: _builtins.float = ...,
         memory: Global___GlobalMemory | None = ...,
+        candidate: Global___GlobalMemory | None = ...,
         waits_for: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "phase", b"phase", "round", b"round", "seconds_left", b"seconds_left", "waits_for", b"waits_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "memory", b"memory", "phase", b"phase", "round", b"round", "seconds_left", b"seconds_left", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -464,6 +479,73 @@ class UploadBankResponse(_message.Message):
 Global___UploadBankResponse: _TypeAlias = UploadBankResponse  # noqa: Y015
 
 @_typing.final
+class CalibrateRequest(_message.Message):
+    """Sent by an edge client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    ITEMS_SHA256_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of the federation."""
+    site: _builtins.str
+    """Name of the caller's site."""
+    instance: _builtins.str
+    """As in JoinRequest."""
+    round: _builtins.int
+    """Round that made the candidate."""
+    items_sha256: _builtins.bytes
+    """SHA-256 of the candidate's items, from its manifest: 32 bytes. Tells it from another one of the same round."""
+    @_builtins.property
+    def candidate(self) -> _calibration_pb2.SiteCalibration:
+        """Held-out images, scored with the candidate; both sketches are of all of them, and empty where none is held out."""
+
+    @_builtins.property
+    def base(self) -> _calibration_pb2.SiteCalibration:
+        """The same images, scored with the global memory that the round started from; unset in a round that started from none."""
+
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        site: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        round: _builtins.int = ...,
+        items_sha256: _builtins.bytes = ...,
+        candidate: _calibration_pb2.SiteCalibration | None = ...,
+        base: _calibration_pb2.SiteCalibration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "candidate", b"candidate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "candidate", b"candidate", "federation", b"federation", "instance", b"instance", "items_sha256", b"items_sha256", "round", b"round", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateRequest: _TypeAlias = CalibrateRequest  # noqa: Y015
+
+@_typing.final
+class CalibrateResponse(_message.Message):
+    """Sent by the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateResponse: _TypeAlias = CalibrateResponse  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     """Sent by anybody."""
 
@@ -526,6 +608,9 @@ class FederationStatus(_message.Message):
     WAITS_FOR_FIELD_NUMBER: _builtins.int
     RELEASES_FIELD_NUMBER: _builtins.int
     RELEASE_HELD_FIELD_NUMBER: _builtins.int
+    FAILED_RELEASES_FIELD_NUMBER: _builtins.int
+    SHADOW_RELEASE_FIELD_NUMBER: _builtins.int
+    FALSE_ALARM_RATE_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     """Name of the federation."""
     phase: Global___Phase.ValueType
@@ -540,6 +625,10 @@ class FederationStatus(_message.Message):
     """What the round waits for, in words; empty when it waits for nothing."""
     release_held: _builtins.bool
     """Whether an operator has activated the active release, so that no later one takes its place."""
+    shadow_release: _builtins.int
+    """Version of the release that scores in the shadow of the active one; 0 for none."""
+    false_alarm_rate: _builtins.float
+    """Share of normal images that may be called anomalous."""
     @_builtins.property
     def method(self) -> Global___Method:
         """Method of the federation."""
@@ -556,6 +645,10 @@ class FederationStatus(_message.Message):
     def releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Versions of the releases that can be activated, oldest first."""
 
+    @_builtins.property
+    def failed_releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailedRelease]:
+        """Releases that have failed a check and are not activated by themselves, oldest first."""
+
     def __init__(
         self,
         *,
@@ -570,14 +663,43 @@ class FederationStatus(_message.Message):
         waits_for: _builtins.str = ...,
         releases: _abc.Iterable[_builtins.int] | None = ...,
         release_held: _builtins.bool = ...,
+        failed_releases: _abc.Iterable[Global___FailedRelease] | None = ...,
+        shadow_release: _builtins.int = ...,
+        false_alarm_rate: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["feature_space", b"feature_space", "method", b"method"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_space", b"feature_space", "federation", b"federation", "method", b"method", "phase", b"phase", "quorum", b"quorum", "release", b"release", "release_held", b"release_held", "releases", b"releases", "round", b"round", "sites", b"sites", "waits_for", b"waits_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_releases", b"failed_releases", "false_alarm_rate", b"false_alarm_rate", "feature_space", b"feature_space", "federation", b"federation", "method", b"method", "phase", b"phase", "quorum", b"quorum", "release", b"release", "release_held", b"release_held", "releases", b"releases", "round", b"round", "shadow_release", b"shadow_release", "sites", b"sites", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FederationStatus: _TypeAlias = FederationStatus  # noqa: Y015
+
+@_typing.final
+class FailedRelease(_message.Message):
+    """A release that is kept, but not activated. Sent by the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the release."""
+    reason: _builtins.str
+    """Which checks it failed, in words. A site is shown no names of other sites."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedRelease: _TypeAlias = FailedRelease  # noqa: Y015
 
 @_typing.final
 class SiteStatus(_message.Message):
@@ -592,6 +714,7 @@ class SiteStatus(_message.Message):
     BYTES_PER_ROUND_FIELD_NUMBER: _builtins.int
     STANDING_FIELD_NUMBER: _builtins.int
     QUARANTINE_FIELD_NUMBER: _builtins.int
+    HELD_OUT_IMAGES_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """Name of the site."""
     present: _builtins.bool
@@ -604,6 +727,8 @@ class SiteStatus(_message.Message):
     """How the site's banks are treated."""
     quarantine: _builtins.str
     """Why the site's last bank was put in quarantine, in words; empty if it counts."""
+    held_out_images: _builtins.int
+    """Held-out images that the newest release was calibrated with at this site; 0 where it has sent no calibration."""
     @_builtins.property
     def bytes_per_round(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Bytes that the site's accepted banks took to send, per round, oldest round first."""
@@ -618,10 +743,11 @@ class SiteStatus(_message.Message):
         bytes_per_round: _abc.Iterable[_builtins.int] | None = ...,
         standing: _operator_pb2.Standing.ValueType = ...,
         quarantine: _builtins.str = ...,
+        held_out_images: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_round", b"bytes_per_round", "images", b"images", "last_round", b"last_round", "present", b"present", "quarantine", b"quarantine", "site", b"site", "standing", b"standing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_round", b"bytes_per_round", "held_out_images", b"held_out_images", "images", b"images", "last_round", b"last_round", "present", b"present", "quarantine", b"quarantine", "site", b"site", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class FederationServiceStub:
                 request_serializer=feddymem_dot_v1_dot_federation__pb2.UploadBankRequest.SerializeToString,
                 response_deserializer=feddymem_dot_v1_dot_federation__pb2.UploadBankResponse.FromString,
                 _registered_method=True)
+        self.Calibrate = channel.unary_unary(
+                '/feddymem.v1.FederationService/Calibrate',
+                request_serializer=feddymem_dot_v1_dot_federation__pb2.CalibrateRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_federation__pb2.CalibrateResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/feddymem.v1.FederationService/GetStatus',
                 request_serializer=feddymem_dot_v1_dot_federation__pb2.GetStatusRequest.SerializeToString,
@@ -93,6 +98,16 @@ class FederationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Calibrate(self, request, context):
+        """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
+        bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
+        calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+        INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What `feddymem status` shows. NOT_FOUND: unknown federation.
         """
@@ -117,6 +132,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     servicer.UploadBank,
                     request_deserializer=feddymem_dot_v1_dot_federation__pb2.UploadBankRequest.FromString,
                     response_serializer=feddymem_dot_v1_dot_federation__pb2.UploadBankResponse.SerializeToString,
+            ),
+            'Calibrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Calibrate,
+                    request_deserializer=feddymem_dot_v1_dot_federation__pb2.CalibrateRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_federation__pb2.CalibrateResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -206,6 +226,33 @@ class FederationService:
             '/feddymem.v1.FederationService/UploadBank',
             feddymem_dot_v1_dot_federation__pb2.UploadBankRequest.SerializeToString,
             feddymem_dot_v1_dot_federation__pb2.UploadBankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calibrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.FederationService/Calibrate',
+            feddymem_dot_v1_dot_federation__pb2.CalibrateRequest.SerializeToString,
+            feddymem_dot_v1_dot_federation__pb2.CalibrateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,12 @@ class FederationServiceStub:
     site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
     under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
     """
+    Calibrate: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CalibrateRequest, _federation_pb2.CalibrateResponse]
+    """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
+    bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
+    calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+    INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.GetStatusResponse]
     """What `feddymem status` shows. NOT_FOUND: unknown federation."""
 
@@ -80,6 +86,12 @@ class FederationServiceAsyncStub(FederationServiceStub):
     FAILED_PRECONDITION: the round is not open (a late bank), or another fingerprint. ALREADY_EXISTS: this
     site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
     under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
+    """
+    Calibrate: _aio.UnaryUnaryMultiCallable[_federation_pb2.CalibrateRequest, _federation_pb2.CalibrateResponse]  # type: ignore[assignment]
+    """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
+    bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
+    calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+    INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What `feddymem status` shows. NOT_FOUND: unknown federation."""
@@ -123,6 +135,18 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION: the round is not open (a late bank), or another fingerprint. ALREADY_EXISTS: this
         site's bank of this round is accepted and another one was sent. UNAVAILABLE: another upload of the site is
         under way. INVALID_ARGUMENT: NaN, infinite or inconsistent items, or too many. DATA_LOSS: a bad checksum.
+        """
+
+    @_abc_1.abstractmethod
+    def Calibrate(
+        self,
+        request: _federation_pb2.CalibrateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.CalibrateResponse, _abc.Awaitable[_federation_pb2.CalibrateResponse]]:
+        """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
+        bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
+        calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+        INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
         """
 
     @_abc_1.abstractmethod

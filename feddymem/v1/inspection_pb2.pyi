@@ -4,6 +4,7 @@ isort:skip_file
 Scoring images: spoken between production lines (callers) and the inference service."""
 
 from collections import abc as _abc
+from feddymem.v1 import feedback_pb2 as _feedback_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -30,7 +31,9 @@ class _MapFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MapFormat.V
     MAP_FORMAT_FLOAT32: _MapFormat.ValueType  # 1
     """Distances as little-endian float32, at the input_size of the feature space."""
     MAP_FORMAT_PNG: _MapFormat.ValueType  # 2
-    """A colour PNG at the size of the image, on the release's fixed scale (never stretched per image)."""
+    """A colour PNG at the size of the image, on a scale that the release's calibration fixes (never stretched per image): the
+    first colour up to what the usual normal image has at most, the middle one at the pixel threshold.
+    """
 
 class MapFormat(_MapFormat, metaclass=_MapFormatEnumTypeWrapper):
     """Form of the anomaly map wanted."""
@@ -40,7 +43,9 @@ MAP_FORMAT_UNSPECIFIED: MapFormat.ValueType  # 0
 MAP_FORMAT_FLOAT32: MapFormat.ValueType  # 1
 """Distances as little-endian float32, at the input_size of the feature space."""
 MAP_FORMAT_PNG: MapFormat.ValueType  # 2
-"""A colour PNG at the size of the image, on the release's fixed scale (never stretched per image)."""
+"""A colour PNG at the size of the image, on a scale that the release's calibration fixes (never stretched per image): the
+first colour up to what the usual normal image has at most, the middle one at the pixel threshold.
+"""
 Global___MapFormat: _TypeAlias = MapFormat  # noqa: Y015
 
 class _Verdict:
@@ -50,7 +55,7 @@ class _Verdict:
 class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
-    """There was no threshold to judge by."""
+    """There was no threshold to judge by: none in the request, and no site has held an image out."""
     VERDICT_NORMAL: _Verdict.ValueType  # 1
     """The score is below the threshold."""
     VERDICT_ANOMALOUS: _Verdict.ValueType  # 2
@@ -60,7 +65,7 @@ class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
     """What an image is found to be. Sent by the inference service."""
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
-"""There was no threshold to judge by."""
+"""There was no threshold to judge by: none in the request, and no site has held an image out."""
 VERDICT_NORMAL: Verdict.ValueType  # 1
 """The score is below the threshold."""
 VERDICT_ANOMALOUS: Verdict.ValueType  # 2
@@ -118,6 +123,8 @@ class InspectRequest(_message.Message):
     MAP_FORMAT_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     PIXEL_THRESHOLD_FIELD_NUMBER: _builtins.int
+    FALSE_ALARM_RATE_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     """Name of the federation; may be empty where the service has only one."""
     site: _builtins.str
@@ -127,9 +134,15 @@ class InspectRequest(_message.Message):
     map_format: Global___MapFormat.ValueType
     """Whether, and how, to answer with the anomaly map."""
     threshold: _builtins.float
-    """Anomaly score from which the verdict is anomalous; >= 0. Unset: no verdict."""
+    """Anomaly score from which the verdict is anomalous; >= 0. Unset: the one that the calibration gives for the site at the
+    false-alarm rate.
+    """
     pixel_threshold: _builtins.float
-    """Distance in the anomaly map from which pixels make up regions; >= 0. Unset: no regions."""
+    """Distance in the anomaly map from which pixels make up regions; >= 0. Unset: no regions unless asked for by `regions`."""
+    false_alarm_rate: _builtins.float
+    """Share of normal images that may be called anomalous; above 0 and below 1. Unset: the federation's."""
+    regions: _builtins.bool
+    """Whether regions are wanted; without a pixel_threshold, by the one that the calibration gives."""
     @_builtins.property
     def raw(self) -> Global___RawImage:
         """Pixels."""
@@ -144,17 +157,23 @@ class InspectRequest(_message.Message):
         map_format: Global___MapFormat.ValueType = ...,
         threshold: _builtins.float | None = ...,
         pixel_threshold: _builtins.float | None = ...,
+        false_alarm_rate: _builtins.float | None = ...,
+        regions: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "encoded", b"encoded", "image", b"image", "pixel_threshold", b"pixel_threshold", "raw", b"raw", "threshold", b"threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_alarm_rate", b"_false_alarm_rate", "_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "encoded", b"encoded", "false_alarm_rate", b"false_alarm_rate", "image", b"image", "pixel_threshold", b"pixel_threshold", "raw", b"raw", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "encoded", b"encoded", "federation", b"federation", "image", b"image", "map_format", b"map_format", "pixel_threshold", b"pixel_threshold", "raw", b"raw", "site", b"site", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_alarm_rate", b"_false_alarm_rate", "_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "encoded", b"encoded", "false_alarm_rate", b"false_alarm_rate", "federation", b"federation", "image", b"image", "map_format", b"map_format", "pixel_threshold", b"pixel_threshold", "raw", b"raw", "regions", b"regions", "site", b"site", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__false_alarm_rate: _TypeAlias = _typing.Literal["false_alarm_rate"]  # noqa: Y015
+    _WhichOneofArgType__false_alarm_rate: _TypeAlias = _typing.Literal["_false_alarm_rate", b"_false_alarm_rate"]  # noqa: Y015
     _WhichOneofReturnType__pixel_threshold: _TypeAlias = _typing.Literal["pixel_threshold"]  # noqa: Y015
     _WhichOneofArgType__pixel_threshold: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold"]  # noqa: Y015
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
     _WhichOneofReturnType_image: _TypeAlias = _typing.Literal["encoded", "raw"]  # noqa: Y015
     _WhichOneofArgType_image: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__false_alarm_rate) -> _WhichOneofReturnType__false_alarm_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pixel_threshold) -> _WhichOneofReturnType__pixel_threshold | None: ...
     @_typing.overload
@@ -257,6 +276,11 @@ class InspectResponse(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    PIXEL_THRESHOLD_FIELD_NUMBER: _builtins.int
+    NORMALISED_SCORE_FIELD_NUMBER: _builtins.int
+    P_VALUE_FIELD_NUMBER: _builtins.int
+    GUARANTEE_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     """Anomaly score of the image: mean of its largest patch distances, in units of the feature space; >= 0."""
     federation: _builtins.str
@@ -270,14 +294,26 @@ class InspectResponse(_message.Message):
     compute_seconds: _builtins.float
     """Seconds that the batch with this image took to compute."""
     verdict: Global___Verdict.ValueType
-    """What the image is found to be; unspecified without a threshold."""
+    """What the image is found to be."""
+    threshold: _builtins.float
+    """Threshold that the verdict is by; unset where there is none."""
+    pixel_threshold: _builtins.float
+    """Distance that regions are by, and that has the middle colour of a PNG map; unset where there is none."""
+    normalised_score: _builtins.float
+    """The score on a scale from 0, as the usual normal image, over 0.5, the threshold, to 1; unset without a threshold."""
+    p_value: _builtins.float
+    """Share of normal images whose score is at least as high, this one among them; unset without a calibration."""
     @_builtins.property
     def map(self) -> Global___AnomalyMap:
         """The anomaly map; unset unless asked for."""
 
     @_builtins.property
     def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
-        """Anomalous regions, the one with the largest peak first; none without a pixel threshold."""
+        """Anomalous regions, the one with the largest peak first; none unless asked for."""
+
+    @_builtins.property
+    def guarantee(self) -> Global___Guarantee:
+        """What the calibration says of `threshold`; unset where there is none, or where the threshold came with the request."""
 
     def __init__(
         self,
@@ -291,14 +327,250 @@ class InspectResponse(_message.Message):
         compute_seconds: _builtins.float = ...,
         verdict: Global___Verdict.ValueType = ...,
         regions: _abc.Iterable[Global___Region] | None = ...,
+        threshold: _builtins.float | None = ...,
+        pixel_threshold: _builtins.float | None = ...,
+        normalised_score: _builtins.float | None = ...,
+        p_value: _builtins.float | None = ...,
+        guarantee: Global___Guarantee | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["map", b"map"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_normalised_score", b"_normalised_score", "_p_value", b"_p_value", "_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "guarantee", b"guarantee", "map", b"map", "normalised_score", b"normalised_score", "p_value", b"p_value", "pixel_threshold", b"pixel_threshold", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "federation", b"federation", "map", b"map", "queue_seconds", b"queue_seconds", "regions", b"regions", "release", b"release", "score", b"score", "site", b"site", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalised_score", b"_normalised_score", "_p_value", b"_p_value", "_pixel_threshold", b"_pixel_threshold", "_threshold", b"_threshold", "compute_seconds", b"compute_seconds", "federation", b"federation", "guarantee", b"guarantee", "map", b"map", "normalised_score", b"normalised_score", "p_value", b"p_value", "pixel_threshold", b"pixel_threshold", "queue_seconds", b"queue_seconds", "regions", b"regions", "release", b"release", "score", b"score", "site", b"site", "threshold", b"threshold", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__normalised_score: _TypeAlias = _typing.Literal["normalised_score"]  # noqa: Y015
+    _WhichOneofArgType__normalised_score: _TypeAlias = _typing.Literal["_normalised_score", b"_normalised_score"]  # noqa: Y015
+    _WhichOneofReturnType__p_value: _TypeAlias = _typing.Literal["p_value"]  # noqa: Y015
+    _WhichOneofArgType__p_value: _TypeAlias = _typing.Literal["_p_value", b"_p_value"]  # noqa: Y015
+    _WhichOneofReturnType__pixel_threshold: _TypeAlias = _typing.Literal["pixel_threshold"]  # noqa: Y015
+    _WhichOneofArgType__pixel_threshold: _TypeAlias = _typing.Literal["_pixel_threshold", b"_pixel_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalised_score) -> _WhichOneofReturnType__normalised_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__p_value) -> _WhichOneofReturnType__p_value | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pixel_threshold) -> _WhichOneofReturnType__pixel_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___InspectResponse: _TypeAlias = InspectResponse  # noqa: Y015
+
+@_typing.final
+class Guarantee(_message.Message):
+    """What is known of the false alarms of a threshold. Sent by the inference service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FALSE_ALARM_RATE_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    OWN_SITE_FIELD_NUMBER: _builtins.int
+    false_alarm_rate: _builtins.float
+    """Share of normal images that are called anomalous at most, if they are like those held out. Above the rate wanted where
+    too few were held out for it.
+    """
+    images: _builtins.int
+    """Held-out images that it rests on."""
+    own_site: _builtins.bool
+    """Whether they are the site's own. Else those of all sites are among them, taken relative to their site's mean."""
+    def __init__(
+        self,
+        *,
+        false_alarm_rate: _builtins.float = ...,
+        images: _builtins.int = ...,
+        own_site: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_alarm_rate", b"false_alarm_rate", "images", b"images", "own_site", b"own_site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InspectResponse: _TypeAlias = InspectResponse  # noqa: Y015
+Global___Guarantee: _TypeAlias = Guarantee  # noqa: Y015
+
+@_typing.final
+class ReportFeedbackRequest(_message.Message):
+    """Sent by a client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    ENCODED_FIELD_NUMBER: _builtins.int
+    OPINION_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of the federation; may be empty where the service has only one."""
+    site: _builtins.str
+    """Site whose line took the image; may be empty where the service has only one."""
+    encoded: _builtins.bytes
+    """The image as it was inspected: a JPEG, PNG, BMP or TIFF file."""
+    opinion: _feedback_pb2.Opinion.ValueType
+    """What was wrong with the verdict."""
+    note: _builtins.str
+    """Anything the person adds; at most 1,000 characters."""
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        site: _builtins.str = ...,
+        encoded: _builtins.bytes = ...,
+        opinion: _feedback_pb2.Opinion.ValueType = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoded", b"encoded", "federation", b"federation", "note", b"note", "opinion", b"opinion", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportFeedbackRequest: _TypeAlias = ReportFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class ReportFeedbackResponse(_message.Message):
+    """Sent by the inference service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """SHA-256 of the image file, in hex: its name at the edge client."""
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportFeedbackResponse: _TypeAlias = ReportFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class GetInspectionStatusRequest(_message.Message):
+    """Sent by anybody who may inspect."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of a federation; empty for all."""
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInspectionStatusRequest: _TypeAlias = GetInspectionStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetInspectionStatusResponse(_message.Message):
+    """Sent by the inference service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scoring(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoringStatus]:
+        """What scores now, by federation and site."""
+
+    def __init__(
+        self,
+        *,
+        scoring: _abc.Iterable[Global___ScoringStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scoring", b"scoring"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInspectionStatusResponse: _TypeAlias = GetInspectionStatusResponse  # noqa: Y015
+
+@_typing.final
+class ScoringStatus(_message.Message):
+    """How one site's images are scored. Sent by the inference service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    GUARANTEE_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    RECENT_IMAGES_FIELD_NUMBER: _builtins.int
+    RECENT_ALARMS_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    IMAGES_SINCE_DRIFT_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    SHADOW_IMAGES_FIELD_NUMBER: _builtins.int
+    SHADOW_ONLY_ALARMS_FIELD_NUMBER: _builtins.int
+    SHADOW_MISSING_ALARMS_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of the federation."""
+    site: _builtins.str
+    """Name of the site; empty for images that named none."""
+    release: _builtins.int
+    """Version of the release."""
+    threshold: _builtins.float
+    """Threshold at the federation's false-alarm rate; unset without a calibration."""
+    images: _builtins.int
+    """Images inspected since the release came or this service started."""
+    recent_images: _builtins.int
+    """Of the last images, at most 1,000 of them: how many they are, and how many are anomalous at that threshold."""
+    recent_alarms: _builtins.int
+    """See recent_images."""
+    drift: _builtins.bool
+    """Whether the site's images are scored unlike those held out (docs/method.md, Drift)."""
+    images_since_drift: _builtins.int
+    """Images since the drift was found; 0 for none."""
+    shadow: _builtins.int
+    """Version of the release in the shadow; 0 for none."""
+    shadow_images: _builtins.int
+    """Images that the shadow has scored, too."""
+    shadow_only_alarms: _builtins.int
+    """Of them, those that it would have called anomalous and the active release normal."""
+    shadow_missing_alarms: _builtins.int
+    """Of them, those that it would have called normal and the active release anomalous."""
+    @_builtins.property
+    def guarantee(self) -> Global___Guarantee:
+        """What the calibration says of it."""
+
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        site: _builtins.str = ...,
+        release: _builtins.int = ...,
+        threshold: _builtins.float | None = ...,
+        guarantee: Global___Guarantee | None = ...,
+        images: _builtins.int = ...,
+        recent_images: _builtins.int = ...,
+        recent_alarms: _builtins.int = ...,
+        drift: _builtins.bool = ...,
+        images_since_drift: _builtins.int = ...,
+        shadow: _builtins.int = ...,
+        shadow_images: _builtins.int = ...,
+        shadow_only_alarms: _builtins.int = ...,
+        shadow_missing_alarms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "guarantee", b"guarantee", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "drift", b"drift", "federation", b"federation", "guarantee", b"guarantee", "images", b"images", "images_since_drift", b"images_since_drift", "recent_alarms", b"recent_alarms", "recent_images", b"recent_images", "release", b"release", "shadow", b"shadow", "shadow_images", b"shadow_images", "shadow_missing_alarms", b"shadow_missing_alarms", "shadow_only_alarms", b"shadow_only_alarms", "site", b"site", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___ScoringStatus: _TypeAlias = ScoringStatus  # noqa: Y015
 
 @_typing.final
 class InspectStreamRequest(_message.Message):

@@ -45,6 +45,16 @@ class InspectionServiceStub:
                 request_serializer=feddymem_dot_v1_dot_inspection__pb2.InspectStreamRequest.SerializeToString,
                 response_deserializer=feddymem_dot_v1_dot_inspection__pb2.InspectStreamResponse.FromString,
                 _registered_method=True)
+        self.ReportFeedback = channel.unary_unary(
+                '/feddymem.v1.InspectionService/ReportFeedback',
+                request_serializer=feddymem_dot_v1_dot_inspection__pb2.ReportFeedbackRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_inspection__pb2.ReportFeedbackResponse.FromString,
+                _registered_method=True)
+        self.GetInspectionStatus = channel.unary_unary(
+                '/feddymem.v1.InspectionService/GetInspectionStatus',
+                request_serializer=feddymem_dot_v1_dot_inspection__pb2.GetInspectionStatusRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_inspection__pb2.GetInspectionStatusResponse.FromString,
+                _registered_method=True)
 
 
 class InspectionServiceServicer:
@@ -69,6 +79,21 @@ class InspectionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportFeedback(self, request, context):
+        """What a person says of a verdict. The image goes to the edge client of the site and nowhere else. NOT_FOUND: no edge
+        client of that federation and site is known here. UNAVAILABLE: it cannot be reached; nothing was kept, try again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInspectionStatus(self, request, context):
+        """What this service scores with, and how its scores compare with what they were calibrated to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InspectionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +106,16 @@ def add_InspectionServiceServicer_to_server(servicer, server):
                     servicer.InspectStream,
                     request_deserializer=feddymem_dot_v1_dot_inspection__pb2.InspectStreamRequest.FromString,
                     response_serializer=feddymem_dot_v1_dot_inspection__pb2.InspectStreamResponse.SerializeToString,
+            ),
+            'ReportFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportFeedback,
+                    request_deserializer=feddymem_dot_v1_dot_inspection__pb2.ReportFeedbackRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_inspection__pb2.ReportFeedbackResponse.SerializeToString,
+            ),
+            'GetInspectionStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInspectionStatus,
+                    request_deserializer=feddymem_dot_v1_dot_inspection__pb2.GetInspectionStatusRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_inspection__pb2.GetInspectionStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +173,60 @@ class InspectionService:
             '/feddymem.v1.InspectionService/InspectStream',
             feddymem_dot_v1_dot_inspection__pb2.InspectStreamRequest.SerializeToString,
             feddymem_dot_v1_dot_inspection__pb2.InspectStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.InspectionService/ReportFeedback',
+            feddymem_dot_v1_dot_inspection__pb2.ReportFeedbackRequest.SerializeToString,
+            feddymem_dot_v1_dot_inspection__pb2.ReportFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInspectionStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.InspectionService/GetInspectionStatus',
+            feddymem_dot_v1_dot_inspection__pb2.GetInspectionStatusRequest.SerializeToString,
+            feddymem_dot_v1_dot_inspection__pb2.GetInspectionStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,12 @@ class InspectionServiceStub:
     """Scores a stream of images; one response per request, in order. An image that cannot be scored gets a
     response with `error` and does not end the stream.
     """
+    ReportFeedback: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ReportFeedbackRequest, _inspection_pb2.ReportFeedbackResponse]
+    """What a person says of a verdict. The image goes to the edge client of the site and nowhere else. NOT_FOUND: no edge
+    client of that federation and site is known here. UNAVAILABLE: it cannot be reached; nothing was kept, try again.
+    """
+    GetInspectionStatus: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.GetInspectionStatusRequest, _inspection_pb2.GetInspectionStatusResponse]
+    """What this service scores with, and how its scores compare with what they were calibrated to."""
 
 @_typing.type_check_only
 class InspectionServiceAsyncStub(InspectionServiceStub):
@@ -59,6 +65,12 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     """Scores a stream of images; one response per request, in order. An image that cannot be scored gets a
     response with `error` and does not end the stream.
     """
+    ReportFeedback: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ReportFeedbackRequest, _inspection_pb2.ReportFeedbackResponse]  # type: ignore[assignment]
+    """What a person says of a verdict. The image goes to the edge client of the site and nowhere else. NOT_FOUND: no edge
+    client of that federation and site is known here. UNAVAILABLE: it cannot be reached; nothing was kept, try again.
+    """
+    GetInspectionStatus: _aio.UnaryUnaryMultiCallable[_inspection_pb2.GetInspectionStatusRequest, _inspection_pb2.GetInspectionStatusResponse]  # type: ignore[assignment]
+    """What this service scores with, and how its scores compare with what they were calibrated to."""
 
 class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the inference service."""
@@ -84,5 +96,23 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Scores a stream of images; one response per request, in order. An image that cannot be scored gets a
         response with `error` and does not end the stream.
         """
+
+    @_abc_1.abstractmethod
+    def ReportFeedback(
+        self,
+        request: _inspection_pb2.ReportFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.ReportFeedbackResponse, _abc.Awaitable[_inspection_pb2.ReportFeedbackResponse]]:
+        """What a person says of a verdict. The image goes to the edge client of the site and nowhere else. NOT_FOUND: no edge
+        client of that federation and site is known here. UNAVAILABLE: it cannot be reached; nothing was kept, try again.
+        """
+
+    @_abc_1.abstractmethod
+    def GetInspectionStatus(
+        self,
+        request: _inspection_pb2.GetInspectionStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.GetInspectionStatusResponse, _abc.Awaitable[_inspection_pb2.GetInspectionStatusResponse]]:
+        """What this service scores with, and how its scores compare with what they were calibrated to."""
 
 def add_InspectionServiceServicer_to_server(servicer: InspectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

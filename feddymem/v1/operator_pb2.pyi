@@ -6,6 +6,7 @@ the aggregator (server).
 """
 
 from collections import abc as _abc
+from feddymem.v1 import calibration_pb2 as _calibration_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -116,6 +117,8 @@ class KeptRelease(_message.Message):
     SITES_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    HELD_OUT_IMAGES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Number of the round that made it."""
     base: _builtins.int
@@ -124,6 +127,10 @@ class KeptRelease(_message.Message):
     """Normal images behind those banks."""
     items: _builtins.int
     """Items of its global memory."""
+    failed: _builtins.str
+    """Which checks it failed, in words; empty if none. Such a release is active only if an operator activates it."""
+    held_out_images: _builtins.int
+    """Held-out normal images that it was calibrated with."""
     @_builtins.property
     def created(self) -> _timestamp_pb2.Timestamp:
         """When it was made (aggregator's clock)."""
@@ -141,14 +148,200 @@ class KeptRelease(_message.Message):
         sites: _abc.Iterable[_builtins.str] | None = ...,
         images: _builtins.int = ...,
         items: _builtins.int = ...,
+        failed: _builtins.str = ...,
+        held_out_images: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "created", b"created", "images", b"images", "items", b"items", "sites", b"sites", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "created", b"created", "failed", b"failed", "held_out_images", b"held_out_images", "images", b"images", "items", b"items", "sites", b"sites", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeptRelease: _TypeAlias = KeptRelease  # noqa: Y015
+
+@_typing.final
+class ReleaseCheck(_message.Message):
+    """Outcome of one check of a release. Sent by the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What was checked, e.g. "alarm_rate"."""
+    passed: _builtins.bool
+    """Whether it passed."""
+    finding: _builtins.str
+    """What was found and what was expected, in words."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        passed: _builtins.bool = ...,
+        finding: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "name", b"name", "passed", b"passed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseCheck: _TypeAlias = ReleaseCheck  # noqa: Y015
+
+@_typing.final
+class GetReleaseRequest(_message.Message):
+    """Sent by an operator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of the federation."""
+    version: _builtins.int
+    """Version of the release."""
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReleaseRequest: _TypeAlias = GetReleaseRequest  # noqa: Y015
+
+@_typing.final
+class GetReleaseResponse(_message.Message):
+    """Sent by the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    FALSE_ALARM_RATE_FIELD_NUMBER: _builtins.int
+    false_alarm_rate: _builtins.float
+    """Share of normal images that may be called anomalous."""
+    @_builtins.property
+    def release(self) -> Global___KeptRelease:
+        """The release."""
+
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseCheck]:
+        """Its checks, in the order in which they were made."""
+
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteAlarms]:
+        """Each site's held-out images with it, by name."""
+
+    def __init__(
+        self,
+        *,
+        release: Global___KeptRelease | None = ...,
+        checks: _abc.Iterable[Global___ReleaseCheck] | None = ...,
+        sites: _abc.Iterable[Global___SiteAlarms] | None = ...,
+        false_alarm_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "false_alarm_rate", b"false_alarm_rate", "release", b"release", "sites", b"sites"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReleaseResponse: _TypeAlias = GetReleaseResponse  # noqa: Y015
+
+@_typing.final
+class SiteAlarms(_message.Message):
+    """How a release scores a site's held-out normal images. Sent by the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
+    GUARANTEED_RATE_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    """Name of the site."""
+    threshold: _builtins.float
+    """Score from which its images are anomalous; 0 for none."""
+    alarms: _builtins.int
+    """Held-out images that are."""
+    guaranteed_rate: _builtins.float
+    """False-alarm rate that is guaranteed."""
+    @_builtins.property
+    def calibration(self) -> _calibration_pb2.SiteCalibration:
+        """Its held-out images."""
+
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        calibration: _calibration_pb2.SiteCalibration | None = ...,
+        threshold: _builtins.float = ...,
+        alarms: _builtins.int = ...,
+        guaranteed_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarms", b"alarms", "calibration", b"calibration", "guaranteed_rate", b"guaranteed_rate", "site", b"site", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SiteAlarms: _TypeAlias = SiteAlarms  # noqa: Y015
+
+@_typing.final
+class ShadowReleaseRequest(_message.Message):
+    """Sent by an operator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of the federation."""
+    version: _builtins.int
+    """Version of the release; 0 for none."""
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowReleaseRequest: _TypeAlias = ShadowReleaseRequest  # noqa: Y015
+
+@_typing.final
+class ShadowReleaseResponse(_message.Message):
+    """Sent by the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    previous: _builtins.int
+    """Version that was in the shadow before; 0 if there was none."""
+    def __init__(
+        self,
+        *,
+        previous: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowReleaseResponse: _TypeAlias = ShadowReleaseResponse  # noqa: Y015
 
 @_typing.final
 class ActivateReleaseRequest(_message.Message):

@@ -45,6 +45,16 @@ class OperatorServiceStub:
                 request_serializer=feddymem_dot_v1_dot_operator__pb2.ActivateReleaseRequest.SerializeToString,
                 response_deserializer=feddymem_dot_v1_dot_operator__pb2.ActivateReleaseResponse.FromString,
                 _registered_method=True)
+        self.GetRelease = channel.unary_unary(
+                '/feddymem.v1.OperatorService/GetRelease',
+                request_serializer=feddymem_dot_v1_dot_operator__pb2.GetReleaseRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_operator__pb2.GetReleaseResponse.FromString,
+                _registered_method=True)
+        self.ShadowRelease = channel.unary_unary(
+                '/feddymem.v1.OperatorService/ShadowRelease',
+                request_serializer=feddymem_dot_v1_dot_operator__pb2.ShadowReleaseRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_operator__pb2.ShadowReleaseResponse.FromString,
+                _registered_method=True)
         self.SetStanding = channel.unary_unary(
                 '/feddymem.v1.OperatorService/SetStanding',
                 request_serializer=feddymem_dot_v1_dot_operator__pb2.SetStandingRequest.SerializeToString,
@@ -78,6 +88,21 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRelease(self, request, context):
+        """One release, with its calibration and the checks that it has passed and failed. NOT_FOUND: there is no such release.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShadowRelease(self, request, context):
+        """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
+        have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetStanding(self, request, context):
         """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined.
         """
@@ -105,6 +130,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ActivateRelease,
                     request_deserializer=feddymem_dot_v1_dot_operator__pb2.ActivateReleaseRequest.FromString,
                     response_serializer=feddymem_dot_v1_dot_operator__pb2.ActivateReleaseResponse.SerializeToString,
+            ),
+            'GetRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRelease,
+                    request_deserializer=feddymem_dot_v1_dot_operator__pb2.GetReleaseRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_operator__pb2.GetReleaseResponse.SerializeToString,
+            ),
+            'ShadowRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShadowRelease,
+                    request_deserializer=feddymem_dot_v1_dot_operator__pb2.ShadowReleaseRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_operator__pb2.ShadowReleaseResponse.SerializeToString,
             ),
             'SetStanding': grpc.unary_unary_rpc_method_handler(
                     servicer.SetStanding,
@@ -172,6 +207,60 @@ class OperatorService:
             '/feddymem.v1.OperatorService/ActivateRelease',
             feddymem_dot_v1_dot_operator__pb2.ActivateReleaseRequest.SerializeToString,
             feddymem_dot_v1_dot_operator__pb2.ActivateReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.OperatorService/GetRelease',
+            feddymem_dot_v1_dot_operator__pb2.GetReleaseRequest.SerializeToString,
+            feddymem_dot_v1_dot_operator__pb2.GetReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShadowRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.OperatorService/ShadowRelease',
+            feddymem_dot_v1_dot_operator__pb2.ShadowReleaseRequest.SerializeToString,
+            feddymem_dot_v1_dot_operator__pb2.ShadowReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,12 @@ class OperatorServiceStub:
     NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
     one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
     """
+    GetRelease: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetReleaseRequest, _operator_pb2.GetReleaseResponse]
+    """One release, with its calibration and the checks that it has passed and failed. NOT_FOUND: there is no such release."""
+    ShadowRelease: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ShadowReleaseRequest, _operator_pb2.ShadowReleaseResponse]
+    """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
+    have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
+    """
     SetStanding: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetStandingRequest, _operator_pb2.SetStandingResponse]
     """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined."""
     RemoveSite: _grpc.UnaryUnaryMultiCallable[_operator_pb2.RemoveSiteRequest, _operator_pb2.RemoveSiteResponse]
@@ -62,6 +68,12 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
     NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
     one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+    """
+    GetRelease: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetReleaseRequest, _operator_pb2.GetReleaseResponse]  # type: ignore[assignment]
+    """One release, with its calibration and the checks that it has passed and failed. NOT_FOUND: there is no such release."""
+    ShadowRelease: _aio.UnaryUnaryMultiCallable[_operator_pb2.ShadowReleaseRequest, _operator_pb2.ShadowReleaseResponse]  # type: ignore[assignment]
+    """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
+    have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     SetStanding: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetStandingRequest, _operator_pb2.SetStandingResponse]  # type: ignore[assignment]
     """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined."""
@@ -91,6 +103,24 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
         NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
         one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRelease(
+        self,
+        request: _operator_pb2.GetReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.GetReleaseResponse, _abc.Awaitable[_operator_pb2.GetReleaseResponse]]:
+        """One release, with its calibration and the checks that it has passed and failed. NOT_FOUND: there is no such release."""
+
+    @_abc_1.abstractmethod
+    def ShadowRelease(
+        self,
+        request: _operator_pb2.ShadowReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.ShadowReleaseResponse, _abc.Awaitable[_operator_pb2.ShadowReleaseResponse]]:
+        """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
+        have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
         """
 
     @_abc_1.abstractmethod

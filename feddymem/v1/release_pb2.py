@@ -23,31 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from feddymem.v1 import array_pb2 as feddymem_dot_v1_dot_array__pb2
+from feddymem.v1 import calibration_pb2 as feddymem_dot_v1_dot_calibration__pb2
 from feddymem.v1 import feature_space_pb2 as feddymem_dot_v1_dot_feature__space__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64\x64ymem/v1/release.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x17\x66\x65\x64\x64ymem/v1/array.proto\x1a\x1f\x66\x65\x64\x64ymem/v1/feature_space.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"+\n\x14WatchReleasesRequest\x12\x13\n\x0b\x66\x65\x64\x65rations\x18\x01 \x03(\t\">\n\x15WatchReleasesResponse\x12%\n\x07release\x18\x01 \x01(\x0b\x32\x14.feddymem.v1.Release\"\xad\x02\n\x07Release\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.feddymem.v1.ReleaseKind\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x30\n\rfeature_space\x18\x05 \x01(\x0b\x32\x19.feddymem.v1.FeatureSpace\x12\"\n\x06\x61rrays\x18\x06 \x03(\x0b\x32\x12.feddymem.v1.Array\x12\x17\n\x0fneeds_generator\x18\x07 \x01(\x08\x12+\n\x07\x63reated\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nprovenance\x18\t \x01(\x0b\x32\x17.feddymem.v1.Provenance\"~\n\nProvenance\x12\r\n\x05sites\x18\x01 \x01(\r\x12\x0e\n\x06images\x18\x02 \x01(\x04\x12\r\n\x05items\x18\x03 \x01(\x04\x12\x14\n\x0c\x62\x61nks_sha256\x18\x04 \x03(\t\x12\x17\n\x0fprogram_version\x18\x05 \x01(\t\x12\x13\n\x0bquarantined\x18\x06 \x01(\r\"6\n\x14\x44ownloadArrayRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"?\n\x15\x44ownloadArrayResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.feddymem.v1.ArrayChunk*n\n\x0bReleaseKind\x12\x1c\n\x18RELEASE_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aRELEASE_KIND_GLOBAL_MEMORY\x10\x01\x12!\n\x1dRELEASE_KIND_MEMORY_GENERATOR\x10\x02\x32\xc4\x01\n\x0eReleaseService\x12X\n\rWatchReleases\x12!.feddymem.v1.WatchReleasesRequest\x1a\".feddymem.v1.WatchReleasesResponse0\x01\x12X\n\rDownloadArray\x12!.feddymem.v1.DownloadArrayRequest\x1a\".feddymem.v1.DownloadArrayResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64\x64ymem/v1/release.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x17\x66\x65\x64\x64ymem/v1/array.proto\x1a\x1d\x66\x65\x64\x64ymem/v1/calibration.proto\x1a\x1f\x66\x65\x64\x64ymem/v1/feature_space.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"+\n\x14WatchReleasesRequest\x12\x13\n\x0b\x66\x65\x64\x65rations\x18\x01 \x03(\t\">\n\x15WatchReleasesResponse\x12%\n\x07release\x18\x01 \x01(\x0b\x32\x14.feddymem.v1.Release\"\xec\x02\n\x07Release\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.feddymem.v1.ReleaseKind\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x30\n\rfeature_space\x18\x05 \x01(\x0b\x32\x19.feddymem.v1.FeatureSpace\x12\"\n\x06\x61rrays\x18\x06 \x03(\x0b\x32\x12.feddymem.v1.Array\x12\x17\n\x0fneeds_generator\x18\x07 \x01(\x08\x12+\n\x07\x63reated\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nprovenance\x18\t \x01(\x0b\x32\x17.feddymem.v1.Provenance\x12-\n\x0b\x63\x61libration\x18\n \x01(\x0b\x32\x18.feddymem.v1.Calibration\x12\x0e\n\x06shadow\x18\x0b \x01(\x08\"~\n\nProvenance\x12\r\n\x05sites\x18\x01 \x01(\r\x12\x0e\n\x06images\x18\x02 \x01(\x04\x12\r\n\x05items\x18\x03 \x01(\x04\x12\x14\n\x0c\x62\x61nks_sha256\x18\x04 \x03(\t\x12\x17\n\x0fprogram_version\x18\x05 \x01(\t\x12\x13\n\x0bquarantined\x18\x06 \x01(\r\"6\n\x14\x44ownloadArrayRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"?\n\x15\x44ownloadArrayResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.feddymem.v1.ArrayChunk*n\n\x0bReleaseKind\x12\x1c\n\x18RELEASE_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aRELEASE_KIND_GLOBAL_MEMORY\x10\x01\x12!\n\x1dRELEASE_KIND_MEMORY_GENERATOR\x10\x02\x32\xc4\x01\n\x0eReleaseService\x12X\n\rWatchReleases\x12!.feddymem.v1.WatchReleasesRequest\x1a\".feddymem.v1.WatchReleasesResponse0\x01\x12X\n\rDownloadArray\x12!.feddymem.v1.DownloadArrayRequest\x1a\".feddymem.v1.DownloadArrayResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'feddymem.v1.release_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RELEASEKIND']._serialized_start=795
-  _globals['_RELEASEKIND']._serialized_end=905
-  _globals['_WATCHRELEASESREQUEST']._serialized_start=133
-  _globals['_WATCHRELEASESREQUEST']._serialized_end=176
-  _globals['_WATCHRELEASESRESPONSE']._serialized_start=178
-  _globals['_WATCHRELEASESRESPONSE']._serialized_end=240
-  _globals['_RELEASE']._serialized_start=243
-  _globals['_RELEASE']._serialized_end=544
-  _globals['_PROVENANCE']._serialized_start=546
-  _globals['_PROVENANCE']._serialized_end=672
-  _globals['_DOWNLOADARRAYREQUEST']._serialized_start=674
-  _globals['_DOWNLOADARRAYREQUEST']._serialized_end=728
-  _globals['_DOWNLOADARRAYRESPONSE']._serialized_start=730
-  _globals['_DOWNLOADARRAYRESPONSE']._serialized_end=793
-  _globals['_RELEASESERVICE']._serialized_start=908
-  _globals['_RELEASESERVICE']._serialized_end=1104
+  _globals['_RELEASEKIND']._serialized_start=889
+  _globals['_RELEASEKIND']._serialized_end=999
+  _globals['_WATCHRELEASESREQUEST']._serialized_start=164
+  _globals['_WATCHRELEASESREQUEST']._serialized_end=207
+  _globals['_WATCHRELEASESRESPONSE']._serialized_start=209
+  _globals['_WATCHRELEASESRESPONSE']._serialized_end=271
+  _globals['_RELEASE']._serialized_start=274
+  _globals['_RELEASE']._serialized_end=638
+  _globals['_PROVENANCE']._serialized_start=640
+  _globals['_PROVENANCE']._serialized_end=766
+  _globals['_DOWNLOADARRAYREQUEST']._serialized_start=768
+  _globals['_DOWNLOADARRAYREQUEST']._serialized_end=822
+  _globals['_DOWNLOADARRAYRESPONSE']._serialized_start=824
+  _globals['_DOWNLOADARRAYRESPONSE']._serialized_end=887
+  _globals['_RELEASESERVICE']._serialized_start=1002
+  _globals['_RELEASESERVICE']._serialized_end=1198
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ inference services watch both, in the same way and with the same messages.
 
 from collections import abc as _abc
 from feddymem.v1 import array_pb2 as _array_pb2
+from feddymem.v1 import calibration_pb2 as _calibration_pb2
 from feddymem.v1 import feature_space_pb2 as _feature_space_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -111,6 +112,8 @@ class Release(_message.Message):
     NEEDS_GENERATOR_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     """Name of the federation."""
     version: _builtins.int
@@ -124,6 +127,10 @@ class Release(_message.Message):
     """Site that the memory generator belongs to; empty for a global memory."""
     needs_generator: _builtins.bool
     """Whether images must pass through a memory generator before they are compared with this global memory."""
+    shadow: _builtins.bool
+    """Whether it only scores in the shadow of the active release: it is counted what it would have said, and nothing of it
+    is answered. Each shadow takes the place of the one before; version 0 without arrays ends it.
+    """
     @_builtins.property
     def feature_space(self) -> _feature_space_pb2.FeatureSpace:
         """Feature space of the arrays."""
@@ -140,6 +147,10 @@ class Release(_message.Message):
     def provenance(self) -> Global___Provenance:
         """Where the release comes from; unset for a memory generator."""
 
+    @_builtins.property
+    def calibration(self) -> _calibration_pb2.Calibration:
+        """How sites' held-out normal images are scored with it; unset for a memory generator."""
+
     def __init__(
         self,
         *,
@@ -152,10 +163,12 @@ class Release(_message.Message):
         needs_generator: _builtins.bool = ...,
         created: _timestamp_pb2.Timestamp | None = ...,
         provenance: Global___Provenance | None = ...,
+        calibration: _calibration_pb2.Calibration | None = ...,
+        shadow: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "feature_space", b"feature_space", "provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "feature_space", b"feature_space", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "created", b"created", "feature_space", b"feature_space", "federation", b"federation", "kind", b"kind", "needs_generator", b"needs_generator", "provenance", b"provenance", "site", b"site", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "calibration", b"calibration", "created", b"created", "feature_space", b"feature_space", "federation", b"federation", "kind", b"kind", "needs_generator", b"needs_generator", "provenance", b"provenance", "shadow", b"shadow", "site", b"site", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

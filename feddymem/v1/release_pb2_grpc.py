@@ -55,7 +55,7 @@ class ReleaseServiceServicer:
 
     def WatchReleases(self, request, context):
         """The current release of every federation asked for at once, then each later one when it is activated,
-        until the caller leaves.
+        until the caller leaves. So, too, for the release that scores in the shadow.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class ReleaseServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ReleaseServiceAsyncStub: ...
     WatchReleases: _grpc.UnaryStreamMultiCallable[_release_pb2.WatchReleasesRequest, _release_pb2.WatchReleasesResponse]
     """The current release of every federation asked for at once, then each later one when it is activated,
-    until the caller leaves.
+    until the caller leaves. So, too, for the release that scores in the shadow.
     """
     DownloadArray: _grpc.UnaryStreamMultiCallable[_release_pb2.DownloadArrayRequest, _release_pb2.DownloadArrayResponse]
     """The bytes of one array of a release, from an offset on. NOT_FOUND: no array of that hash is held.
@@ -55,7 +55,7 @@ class ReleaseServiceAsyncStub(ReleaseServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchReleases: _aio.UnaryStreamMultiCallable[_release_pb2.WatchReleasesRequest, _release_pb2.WatchReleasesResponse]  # type: ignore[assignment]
     """The current release of every federation asked for at once, then each later one when it is activated,
-    until the caller leaves.
+    until the caller leaves. So, too, for the release that scores in the shadow.
     """
     DownloadArray: _aio.UnaryStreamMultiCallable[_release_pb2.DownloadArrayRequest, _release_pb2.DownloadArrayResponse]  # type: ignore[assignment]
     """The bytes of one array of a release, from an offset on. NOT_FOUND: no array of that hash is held.
@@ -74,7 +74,7 @@ class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_release_pb2.WatchReleasesResponse], _abc.AsyncIterator[_release_pb2.WatchReleasesResponse]]:
         """The current release of every federation asked for at once, then each later one when it is activated,
-        until the caller leaves.
+        until the caller leaves. So, too, for the release that scores in the shadow.
         """
 
     @_abc_1.abstractmethod

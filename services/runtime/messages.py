@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 import torch
 
+from feddymem.calibration import Calibration, SiteCalibration
 from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
+from feddymem.hold_out import MOST
 from feddymem.method import ItemType, Method
-from feddymem.v1 import feature_space_pb2, federation_pb2
+from feddymem.sketch import InvalidSketchError, ScoreSketch
+from feddymem.v1 import calibration_pb2, feature_space_pb2, federation_pb2
 from feddymem.v1.array_pb2 import Array
 from services.runtime.arrays import ITEM_TYPES, WireArray, decode, encode
 from services.runtime.errors import invalid
@@ -96,3 +99,63 @@ def generator_from_wire(space: FeatureSpace, arrays: Iterable[tuple[Array, bytes
         raise invalid(f"memory generator: parameters {sorted(expected.keys() - state.keys())} are missing")
     generator.load_state_dict(state)
     return generator.eval().requires_grad_(False)
+
+
+def site_calibration_to_message(calibration: SiteCalibration) -> calibration_pb2.SiteCalibration:
+    """The message that tells how a site's held-out images are scored."""
+    return calibration_pb2.SiteCalibration(
+        scores=_sketch_to_message(calibration.scores), peaks=_sketch_to_message(calibration.peaks)
+    )
+
+
+def site_calibration_from_message(message: calibration_pb2.SiteCalibration) -> SiteCalibration:
+    """How a site's held-out images are scored, from its message.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT for sketches that no images make, or of different numbers of images, or of too many.
+    """
+    scores, peaks = _sketch_from_message(message.scores), _sketch_from_message(message.peaks)
+    if len(scores) != len(peaks) or len(scores) > MOST:
+        raise invalid(
+            f"calibration: scores are of {len(scores)} images and peaks of {len(peaks)}; expected as many of both, "
+            f"{MOST} at most"
+        )
+    return SiteCalibration(scores, peaks)
+
+
+def calibration_to_message(calibration: Calibration) -> calibration_pb2.Calibration:
+    """The message that carries a calibration; its sites are by `site_key`."""
+    peaks = calibration.peaks.sites
+    return calibration_pb2.Calibration(
+        false_alarm_rate=calibration.rate,
+        sites=[
+            calibration_pb2.CalibratedSite(
+                site_sha256=bytes.fromhex(key),
+                calibration=site_calibration_to_message(SiteCalibration(scores, peaks[key])),
+            )
+            for key, scores in sorted(calibration.scores.sites.items())
+        ],
+    )
+
+
+def calibration_from_message(message: calibration_pb2.Calibration) -> Calibration:
+    """A calibration from its message; its sites are by `site_key`.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT as above, or for a rate that is none.
+    """
+    if not 0 < message.false_alarm_rate < 1:
+        raise invalid(f"calibration: false_alarm_rate is {message.false_alarm_rate}; expected above 0 and below 1")
+    sites = {each.site_sha256.hex(): site_calibration_from_message(each.calibration) for each in message.sites}
+    return Calibration.of(sites, message.false_alarm_rate)
+
+
+def _sketch_to_message(sketch: ScoreSketch) -> calibration_pb2.ScoreSketch:
+    return calibration_pb2.ScoreSketch(levels=sketch.levels, counts=sketch.counts)
+
+
+def _sketch_from_message(message: calibration_pb2.ScoreSketch) -> ScoreSketch:
+    try:
+        return ScoreSketch(tuple(message.levels), tuple(message.counts))
+    except InvalidSketchError as error:
+        raise invalid(f"calibration: {error}") from error

@@ -1,0 +1,169 @@
+"""Calibration: how scores of normal images are distributed, and the verdicts that follow from it (ours).
+
+Each site holds some of its normal images out of its bank and scores them against a release. From how many of those
+score at least as high as an image follows the image's conformal p-value (Vovk et al., Algorithmic Learning in a Random
+World, 2005): if the image is as normal as they are, p <= r happens with a probability of at most r.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddymem.sketch import NO_SCORES, ScoreSketch
+
+Basis = Literal["site", "federation"]
+"""Whose held-out images a verdict rests on."""
+
+_NARROWEST = 0.95
+"""The lower end of the 0..1 scale is at most this share of the threshold, as where all held-out scores are equal."""
+
+
+@dataclass(frozen=True)
+class SiteCalibration:
+    """What a site tells of its held-out normal images; nothing else of them leaves it.
+
+    Attributes:
+        scores: image scores.
+        peaks: largest value of each image's anomaly map.
+    """
+
+    scores: ScoreSketch = NO_SCORES
+    peaks: ScoreSketch = NO_SCORES
+
+
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """What tells normal from anomalous at a false-alarm rate.
+
+    Attributes:
+        threshold: least anomalous value, a float32; what is below it is normal.
+        rate: false-alarm rate that is guaranteed for images like those held out; above the rate wanted where they are
+            too few for it.
+        images: number of held-out images that this rests on.
+        basis: "site" where they are the site's own; "federation" where those of other sites are among them.
+        reference: (images,) float64, ascending: their values.
+    """
+
+    threshold: float
+    rate: float
+    images: int
+    basis: Basis
+    reference: NDArray[np.float64] = field(repr=False)
+
+    def p_value(self, value: float) -> float:
+        """Share of normal images that are at least as anomalous, the image itself among them; above 0, at most 1."""
+        below = int(np.searchsorted(self.reference, value, side="left"))
+        return (1 + self.images - below) / (self.images + 1)
+
+    @property
+    def low(self) -> float:
+        """Value that stands for 0 on the scale: the median of the held-out images."""
+        return min(float(np.median(self.reference)), _NARROWEST * self.threshold)
+
+    @property
+    def full(self) -> float:
+        """Value that stands for 1 on the scale: as far above the threshold as 0 is below it."""
+        return 2 * self.threshold - self.low
+
+    def normalised(self, value: float) -> float:
+        """A value on a scale from 0, as the usual normal image, over 0.5, the threshold, to 1."""
+        return min(1.0, max(0.0, (value - self.low) / (self.full - self.low)))
+
+
+@dataclass(frozen=True, eq=False)
+class Normals:
+    """One quantity (image scores, or peaks of maps) of the held-out normal images of all sites.
+
+    Attributes:
+        sites: a sketch of each site, by whatever tells sites apart; those without images may be missing.
+    """
+
+    sites: Mapping[str, ScoreSketch]
+
+    def limit(self, site: str, rate: float) -> Limit | None:
+        """The limit for images of a site at a false-alarm rate; None where no image was held out anywhere.
+
+        It rests on the site's own images where they are enough to guarantee the rate. Else on those of all sites, of
+        which each is taken relative to the mean of the others of its site, so that a site with higher scores than
+        others has a higher limit: then the guarantee holds as far as sites differ by a factor only. Of a site that is
+        not known or held fewer than two images out, nothing relative is known: images of all sites count as they are.
+
+        Args:
+            site: as in `sites`.
+            rate: false-alarm rate wanted, above 0 and below 1.
+        """
+        own = self._scores.get(site, np.zeros(0))
+        if _allowed(rate, len(own)) >= 0:
+            return _limit(own, rate, "site")
+        together, basis = self._together(own), "federation"
+        if len(together) <= len(own):  # of nobody else there are any
+            together, basis = own, "site"
+        return _limit(together, rate, basis) if len(together) else None  # type: ignore[arg-type]
+
+    def _together(self, own: NDArray[np.float64]) -> NDArray[np.float64]:
+        if len(own) > 1 and len(self._relative):
+            return self._relative * float(own.mean())
+        return np.sort(np.concatenate([*self._scores.values(), np.zeros(0)]))
+
+    @functools.cached_property
+    def _scores(self) -> dict[str, NDArray[np.float64]]:
+        return {site: sketch.scores for site, sketch in self.sites.items() if len(sketch)}
+
+    @functools.cached_property
+    def _relative(self) -> NDArray[np.float64]:
+        """Each image's value through the mean of the others of its site: an image must not vouch for itself."""
+        several = [values for values in self._scores.values() if len(values) > 1]
+        relative = [values * (len(values) - 1) / (values.sum() - values) for values in several]
+        return np.sort(np.concatenate([*relative, np.zeros(0)]))
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How the normal images of all sites are scored with a release.
+
+    Attributes:
+        scores: of the image scores.
+        peaks: of the largest value of each anomaly map: at a rate of 5 %, one normal image of twenty has a region.
+        rate: the federation's false-alarm rate, used where none is wanted.
+    """
+
+    scores: Normals
+    peaks: Normals
+    rate: float
+
+    @staticmethod
+    def of(sites: Mapping[str, SiteCalibration], rate: float) -> Calibration:
+        """What the sites tell, put together."""
+        return Calibration(
+            Normals({site: each.scores for site, each in sites.items()}),
+            Normals({site: each.peaks for site, each in sites.items()}),
+            rate,
+        )
+
+
+def site_key(federation: str, site: str) -> str:
+    """What tells sites apart in the calibration of a release, which goes to all of them: SHA-256, in hex."""
+    return hashlib.sha256(f"{federation}\0{site}".encode()).hexdigest()
+
+
+def _allowed(rate: float, images: int) -> int:
+    """How many of so many normal images may be at least as high as an anomalous one; below 0 where the rate cannot be
+    guaranteed, because even the highest p-value is above it."""
+    return math.floor(rate * (images + 1) + 1e-9) - 1
+
+
+def _limit(reference: NDArray[np.float64], rate: float, basis: Basis) -> Limit:
+    allowed = max(0, _allowed(rate, len(reference)))
+    highest = float(reference[len(reference) - 1 - allowed])
+    threshold = np.float32(highest)
+    if float(threshold) <= highest:  # p falls to the rate above this value, not at it
+        threshold = np.nextafter(threshold, np.float32(np.inf))
+    return Limit(float(threshold), (allowed + 1) / (len(reference) + 1), len(reference), basis, reference)

@@ -1,0 +1,93 @@
+"""What is known of many scores without the scores: counts on a fixed grid (ours)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+STEP = 1.005
+"""A level of the grid is this many times the one below it: what is told of a score is at most 0.5 % above it."""
+MIN_LEVEL, MAX_LEVEL = -4_000, 4_000
+"""Lowest and highest level, 2e-9 and 5e8: far beyond what the distances of any feature space are."""
+
+
+class InvalidSketchError(ValueError):
+    """A sketch holds what no scores make."""
+
+
+@dataclass(frozen=True)
+class ScoreSketch:
+    """How many scores lie on each level of a grid. Sketches merge by adding counts, without any further error.
+
+    A score of level `l` is in (STEP^(l-1), STEP^l] and counts as STEP^l. Rounding up is on the safe side wherever it is
+    asked how many scores are at least as high as another one: a sketch never says fewer.
+
+    Attributes:
+        levels: ascending, each between MIN_LEVEL and MAX_LEVEL.
+        counts: scores of each level; at least 1.
+
+    Raises:
+        InvalidSketchError: levels that do not ascend or are off the grid, or counts that are not theirs.
+    """
+
+    levels: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != len(self.counts):
+            raise InvalidSketchError(f"a sketch has {len(self.levels)} levels and {len(self.counts)} counts")
+        if any(low >= high for low, high in zip(self.levels, self.levels[1:], strict=False)):
+            raise InvalidSketchError("the levels of a sketch ascend; those given do not")
+        if self.levels and not MIN_LEVEL <= self.levels[0] <= self.levels[-1] <= MAX_LEVEL:
+            raise InvalidSketchError(
+                f"levels are from {self.levels[0]} to {self.levels[-1]}; expected {MIN_LEVEL} to {MAX_LEVEL}"
+            )
+        if any(count < 1 for count in self.counts):
+            raise InvalidSketchError(
+                f"smallest count is {min(self.counts)}; a level that is named has at least 1 score"
+            )
+
+    @staticmethod
+    def of(scores: Iterable[float]) -> ScoreSketch:
+        """The sketch of scores, each finite and at least 0."""
+        return _counted(Counter(map(_level, scores)))
+
+    @staticmethod
+    def merged(sketches: Iterable[ScoreSketch]) -> ScoreSketch:
+        """The sketch of the scores of several."""
+        counts: Counter[int] = Counter()
+        for sketch in sketches:
+            counts.update(dict(zip(sketch.levels, sketch.counts, strict=True)))
+        return _counted(counts)
+
+    def __len__(self) -> int:
+        """Number of scores."""
+        return sum(self.counts)
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """(n,) float64, ascending: the scores, each rounded up to its level."""
+        return np.repeat(STEP ** np.array(self.levels, np.float64), np.array(self.counts, np.int64))
+
+
+NO_SCORES = ScoreSketch()
+
+
+def _counted(counts: Counter[int]) -> ScoreSketch:
+    levels: Sequence[int] = sorted(counts)
+    return ScoreSketch(tuple(levels), tuple(counts[level] for level in levels))
+
+
+def _level(score: float) -> int:
+    if not (math.isfinite(score) and score >= 0):
+        raise InvalidSketchError(f"score is {score}; expected a finite number of at least 0")
+    if score <= STEP**MIN_LEVEL:
+        return MIN_LEVEL
+    level = math.ceil(math.log(score, STEP))
+    level += score > STEP**level  # what the logarithm was rounded to
+    return min(level, MAX_LEVEL)
