@@ -15,6 +15,7 @@ import yaml
 from feddymem.client import InspectionClient, InspectionError
 from feddymem.client.tls import AUTHORITY
 from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus
+from feddymem.v1.release_pb2 import RELEASE_KIND_MEMORY_GENERATOR
 from services.cli.certs import authority, issue
 from services.cli.status import get_status
 from services.runtime.files import write_atomically
@@ -77,9 +78,15 @@ class Plant:
     def wait_done(self, rounds: int) -> None:
         def done() -> bool:
             now = self.status()
-            return (now.phase, now.round, now.release, self.served()[0]) == (PHASE_DONE, rounds, rounds, rounds)
+            scores = (now.phase, now.round, now.release, self.served()[0]) == (PHASE_DONE, rounds, rounds, rounds)
+            return scores and (not self._generator or self._has_generator(rounds))
 
         wait(done, self.logs)
+
+    def _has_generator(self, version: int) -> bool:
+        """Whether the inference service has the generator of a round, which comes on its own and changes scores."""
+        releases = self.fleet.state("inference") / "releases"
+        return any(releases.glob(f"*-{RELEASE_KIND_MEMORY_GENERATOR}-{version:010}.binpb"))
 
     def status(self) -> FederationStatus:
         [federation] = get_status(self.fleet.address("aggregator"), tls_dir=self.tls["operator"]).federations
