@@ -14,8 +14,8 @@ from feddymem.calibration import SiteCalibration
 from feddymem.feature_space import FeatureSpace
 from feddymem.memory import MemoryBank
 from feddymem.method import ItemType
-from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
 from feddymem.sketch import ScoreSketch
+from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
 from feddymem.v1.calibration_pb2 import SiteCalibration as SiteCalibrationMessage
 from feddymem.v1.federation_pb2 import (
     PHASE_CALIBRATING,
