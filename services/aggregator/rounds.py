@@ -71,6 +71,7 @@ class Rounds:
         self._name, self._settings, self._state = name, settings, state
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
         self._aggregating, self._doubted = False, True
+        self._candidate: Candidate | None = None
         self._judged: Merging | None = None
         self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None

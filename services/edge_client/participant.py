@@ -306,7 +306,8 @@ class Participant:
             said = await self._computing.run(
                 calibration_of, self._images.extractor, candidate, base, generator, held_out, self._computing.progress
             )
-        said.MergeFrom(CalibrateRequest(**self._identity, round=event.round, items_sha256=candidate_items(event)))
+        said.federation, said.site = self._settings.federation, self._settings.site
+        said.instance, said.round, said.items_sha256 = self._state.instance, event.round, candidate_items(event)
         return said
 
     def _keep(self, update: LocalUpdate, event: WatchRoundsResponse, images: int, method: Method) -> Outcome:
