@@ -126,7 +126,7 @@ class Rounds:
         if self.phase != PHASE_OPEN:
             return ""
         banks = self._quarantines()
-        counted = self._counted(banks)
+        counted = len(self._counted(banks))
         if counted < quorum:
             held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
             return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
@@ -173,7 +173,7 @@ class Rounds:
 
     def calibrating(self) -> set[str]:
         """Sites whose banks count in the current round, so that their calibrations do, too."""
-        return {site for site, reason in self._quarantines().items() if not reason or self._members.admitted(site)}
+        return self._counted(self._quarantines())
 
     def _make_state(self) -> WatchRoundsResponse:
         phase = self.phase
@@ -246,7 +246,7 @@ class Rounds:
         Banks that would be enough, but for those in quarantine, are judged again together with what has come since.
         """
         banks, quorum = self._quarantines(), self._settings.quorum
-        counted = self._counted(banks)
+        counted = len(self._counted(banks))
         metrics.ROUND_BANKS.labels(self._name).set(counted)
         if len(banks) < quorum or (counted < quorum and self._inputs() == self._judged):
             return float("inf")
@@ -258,8 +258,9 @@ class Rounds:
         reasons = self._state.quarantine(self._name, self.number)
         return {site: reason for site, reason in reasons.items() if self._members.counts(site)}
 
-    def _counted(self, quarantines: Mapping[str, str]) -> int:
-        return sum(not reason or self._members.admitted(site) for site, reason in quarantines.items())
+    def _counted(self, quarantines: Mapping[str, str]) -> set[str]:
+        """Of these sites, those whose banks count."""
+        return {site for site, reason in quarantines.items() if not reason or self._members.admitted(site)}
 
     def _seconds_left(self) -> float:
         opened = self._state.opened_round(self._name, self.number)
