@@ -21,7 +21,7 @@ from feddymem.sketch import NO_SCORES, ScoreSketch
 CHECKS = ("finite", "coverage", "alarm_rate", "not_worse")
 """Names of all checks, in the order in which they are made."""
 COVERAGE_FACTOR = 2.0
-"""A site's median score may be this many times the median of all sites'. Of one product sites differ by up to 1.1 from it
+"""A site's median score may be this many times the median of all sites'. Sites of one product are up to 1.1 times it
 (screws, magnetic tiles, circuit boards; 40 images a site), of all three in one federation by 1.5. Where the memory has
 nothing of a product, its sites score 1.6 to 1.9 times as high as where it has: screws among tiles 2.1 times the median
 of all, boards 2.9 times. Less than that no median tells."""
