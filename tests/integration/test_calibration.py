@@ -16,7 +16,7 @@ import yaml
 from feddymem.v1.federation_pb2 import PHASE_CALIBRATING, PHASE_OPEN
 from feddymem.v1.operator_pb2 import GetReleaseRequest, GetReleaseResponse
 from feddymem.v1.operator_pb2_grpc import OperatorServiceStub
-from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
+from feddymem.v1.release_pb2 import Release, WatchReleasesRequest, WatchReleasesResponse
 from services.demo.processes import Fleet, RunningService
 from tests.chaos.federation import SETTINGS, SITES, Trial, write_images
 from tests.integration.conftest import StartAggregator
@@ -100,9 +100,9 @@ def test_a_release_that_fails_a_check_is_kept_and_an_operator_may_activate_it(
     assert operate(running, "rollback", of="release")[1] == "release 1 of parts is active and stays so; before: 2\n"
 
 
-def following(watch: Iterator[object], wanted: Callable[[Release], bool]) -> Release:
+def following(watch: Iterator[WatchReleasesResponse], wanted: Callable[[Release], bool]) -> Release:
     """The next release of a watch that is wanted."""
-    return next(response.release for response in watch if wanted(response.release))  # type: ignore[attr-defined]
+    return next(response.release for response in watch if wanted(response.release))
 
 
 def test_a_release_in_the_shadow_is_published_beside_the_active_one(
