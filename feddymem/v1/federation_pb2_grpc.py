@@ -101,8 +101,8 @@ class FederationServiceServicer:
     def Calibrate(self, request, context):
         """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
         bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
-        calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
-        INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
+        calibrated, no bank of the site counts in it, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+        INVALID_ARGUMENT: sketches that no images make, or of different numbers of them, or of more than the site has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

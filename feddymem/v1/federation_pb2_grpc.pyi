@@ -56,8 +56,8 @@ class FederationServiceStub:
     Calibrate: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CalibrateRequest, _federation_pb2.CalibrateResponse]
     """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
     bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
-    calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
-    INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
+    calibrated, no bank of the site counts in it, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+    INVALID_ARGUMENT: sketches that no images make, or of different numbers of them, or of more than the site has.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.GetStatusResponse]
     """What `feddymem status` shows. NOT_FOUND: unknown federation."""
@@ -90,8 +90,8 @@ class FederationServiceAsyncStub(FederationServiceStub):
     Calibrate: _aio.UnaryUnaryMultiCallable[_federation_pb2.CalibrateRequest, _federation_pb2.CalibrateResponse]  # type: ignore[assignment]
     """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
     bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
-    calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
-    INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
+    calibrated, no bank of the site counts in it, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+    INVALID_ARGUMENT: sketches that no images make, or of different numbers of them, or of more than the site has.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What `feddymem status` shows. NOT_FOUND: unknown federation."""
@@ -145,8 +145,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_federation_pb2.CalibrateResponse, _abc.Awaitable[_federation_pb2.CalibrateResponse]]:
         """How a candidate, the global memory that a round has made, scores the normal images that the site holds out of its
         bank. Idempotent: the same again is accepted again. FAILED_PRECONDITION: that round's candidate is not being
-        calibrated, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
-        INVALID_ARGUMENT: sketches that no images make, or of different numbers of them.
+        calibrated, no bank of the site counts in it, or the site has not joined. ALREADY_EXISTS: another calibration of the site is accepted.
+        INVALID_ARGUMENT: sketches that no images make, or of different numbers of them, or of more than the site has.
         """
 
     @_abc_1.abstractmethod

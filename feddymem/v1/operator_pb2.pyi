@@ -355,7 +355,7 @@ class ActivateReleaseRequest(_message.Message):
     federation: _builtins.str
     """Name of the federation."""
     version: _builtins.int
-    """Version to activate; 0 for the newest, now and after every round."""
+    """Version to activate; 0 for the newest that has passed its checks, now and after every round."""
     expected: _builtins.int
     """Version that the caller takes for the active one, 0 for none; unset where that does not matter."""
     def __init__(

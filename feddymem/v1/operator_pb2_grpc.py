@@ -80,9 +80,10 @@ class OperatorServiceServicer:
 
     def ActivateRelease(self, request, context):
         """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
-        that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-        NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
-        one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+        that the next round starts from. It stays active until another call; version 0 lets the newest be active, always,
+        of those that have passed their checks. NOT_FOUND: there is no such release, or it has been pruned.
+        FAILED_PRECONDITION: another release is active than the one that the caller expects, or version 0 where no release
+        has passed. DATA_LOSS: it is damaged on the aggregator's disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +98,8 @@ class OperatorServiceServicer:
 
     def ShadowRelease(self, request, context):
         """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
-        have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
+        have said; version 0 ends it, and so does its becoming active, or being pruned. NOT_FOUND: there is no such release.
+        FAILED_PRECONDITION: it is the active one. DATA_LOSS: it is damaged on the aggregator's disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

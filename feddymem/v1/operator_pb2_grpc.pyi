@@ -39,15 +39,17 @@ class OperatorServiceStub:
     """The releases that can be activated, and which of them is active."""
     ActivateRelease: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ActivateReleaseRequest, _operator_pb2.ActivateReleaseResponse]
     """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
-    that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-    NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
-    one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+    that the next round starts from. It stays active until another call; version 0 lets the newest be active, always,
+    of those that have passed their checks. NOT_FOUND: there is no such release, or it has been pruned.
+    FAILED_PRECONDITION: another release is active than the one that the caller expects, or version 0 where no release
+    has passed. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     GetRelease: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetReleaseRequest, _operator_pb2.GetReleaseResponse]
     """One release, with its calibration and the checks that it has passed and failed. NOT_FOUND: there is no such release."""
     ShadowRelease: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ShadowReleaseRequest, _operator_pb2.ShadowReleaseResponse]
     """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
-    have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
+    have said; version 0 ends it, and so does its becoming active, or being pruned. NOT_FOUND: there is no such release.
+    FAILED_PRECONDITION: it is the active one. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     SetStanding: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetStandingRequest, _operator_pb2.SetStandingResponse]
     """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined."""
@@ -65,15 +67,17 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """The releases that can be activated, and which of them is active."""
     ActivateRelease: _aio.UnaryUnaryMultiCallable[_operator_pb2.ActivateReleaseRequest, _operator_pb2.ActivateReleaseResponse]  # type: ignore[assignment]
     """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
-    that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-    NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
-    one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+    that the next round starts from. It stays active until another call; version 0 lets the newest be active, always,
+    of those that have passed their checks. NOT_FOUND: there is no such release, or it has been pruned.
+    FAILED_PRECONDITION: another release is active than the one that the caller expects, or version 0 where no release
+    has passed. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     GetRelease: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetReleaseRequest, _operator_pb2.GetReleaseResponse]  # type: ignore[assignment]
     """One release, with its calibration and the checks that it has passed and failed. NOT_FOUND: there is no such release."""
     ShadowRelease: _aio.UnaryUnaryMultiCallable[_operator_pb2.ShadowReleaseRequest, _operator_pb2.ShadowReleaseResponse]  # type: ignore[assignment]
     """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
-    have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
+    have said; version 0 ends it, and so does its becoming active, or being pruned. NOT_FOUND: there is no such release.
+    FAILED_PRECONDITION: it is the active one. DATA_LOSS: it is damaged on the aggregator's disk.
     """
     SetStanding: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetStandingRequest, _operator_pb2.SetStandingResponse]  # type: ignore[assignment]
     """Says how the aggregator is to treat a site's banks, from now on; the site need not have joined."""
@@ -100,9 +104,10 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.ActivateReleaseResponse, _abc.Awaitable[_operator_pb2.ActivateReleaseResponse]]:
         """Makes a release of an earlier or the newest round the active one, at once and at every inference service, and the one
-        that the next round starts from. It stays active until another call; version 0 lets the newest be active, always.
-        NOT_FOUND: there is no such release, or it has been pruned. FAILED_PRECONDITION: another release is active than the
-        one that the caller expects. DATA_LOSS: it is damaged on the aggregator's disk.
+        that the next round starts from. It stays active until another call; version 0 lets the newest be active, always,
+        of those that have passed their checks. NOT_FOUND: there is no such release, or it has been pruned.
+        FAILED_PRECONDITION: another release is active than the one that the caller expects, or version 0 where no release
+        has passed. DATA_LOSS: it is damaged on the aggregator's disk.
         """
 
     @_abc_1.abstractmethod
@@ -120,7 +125,8 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.ShadowReleaseResponse, _abc.Awaitable[_operator_pb2.ShadowReleaseResponse]]:
         """Has a release score in the shadow of the active one at every inference service, where it is only counted what it would
-        have said; version 0 ends it. NOT_FOUND: there is no such release. DATA_LOSS: it is damaged on the aggregator's disk.
+        have said; version 0 ends it, and so does its becoming active, or being pruned. NOT_FOUND: there is no such release.
+        FAILED_PRECONDITION: it is the active one. DATA_LOSS: it is damaged on the aggregator's disk.
         """
 
     @_abc_1.abstractmethod

@@ -129,7 +129,8 @@ class Release(_message.Message):
     """Whether images must pass through a memory generator before they are compared with this global memory."""
     shadow: _builtins.bool
     """Whether it only scores in the shadow of the active release: it is counted what it would have said, and nothing of it
-    is answered. Each shadow takes the place of the one before; version 0 without arrays ends it.
+    is answered. Each shadow takes the place of the one before; version 0 without arrays ends it, and is sent at once
+    where there has ever been one.
     """
     @_builtins.property
     def feature_space(self) -> _feature_space_pb2.FeatureSpace:

@@ -74,7 +74,7 @@ def _arrays(folder: Path) -> Iterator[tuple[Path, bytes]]:
     with closing(State(folder)) as state:
         for name in state.federations:
             releases = state.releases(name)
-            for release in releases:
+            for release in (*releases, *state.candidates(name)):
                 yield from ((Path(RELEASES), array.sha256) for array in release.arrays)
             newest = max((release.version for release in releases), default=0)
             for site, bank in state.banks(name, newest + 1).items():

@@ -13,6 +13,7 @@ from feddymem.v1 import feature_space_pb2
 from feddymem.v1.federation_pb2 import (
     PHASE_OPEN,
     BankHeader,
+    CalibrateRequest,
     FederationStatus,
     JoinRequest,
     Phase,
@@ -21,6 +22,7 @@ from feddymem.v1.federation_pb2 import (
 from feddymem.v1.operator_pb2 import Standing
 from services.aggregator import metrics
 from services.aggregator.banks import check_manifests, check_values
+from services.aggregator.calibrating import check_sketches
 from services.aggregator.members import Members, Presence, check_images
 from services.aggregator.releases import Releases
 from services.aggregator.rounds import Rounds
@@ -131,6 +133,39 @@ class Federation:
         _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=items)
         self.rounds.changed()
 
+    def calibrate(self, said: CalibrateRequest) -> None:
+        """A site says how the candidate scores its held-out images; see federation.proto."""
+        self.members.require_joined(said.site, said.instance)
+        before = self._state.calibration(self.name, said.round, said.site)
+        if before == said:
+            return
+        candidate = self.rounds.candidate
+        if candidate is None or (said.round, said.items_sha256) != (candidate.version, candidate.arrays[0].sha256):
+            raise precondition(
+                f"no candidate of items {said.items_sha256[:32].hex() or 'unnamed'} of round {said.round} is being "
+                f"calibrated in federation {self.name!r}; watch its rounds"
+            )
+        if said.site not in self.rounds.calibrating():
+            raise precondition(
+                f"no bank of site {said.site!r} counts in round {said.round} of federation {self.name!r}, and so its "
+                "calibration does not either; take part in the next round"
+            )
+        site = self._state.site(self.name, said.site)
+        assert site is not None, "it has joined"
+        check_sketches(said, site.images, self.rounds.base != 0)
+        if before is not None:
+            raise exists(f"another calibration of site {said.site!r} is accepted for round {said.round} already")
+        self._state.put_calibration(said)
+        metrics.CALIBRATIONS_ACCEPTED.labels(self.name).inc()
+        _log.info(
+            "calibration_accepted",
+            federation=self.name,
+            site=said.site,
+            round=said.round,
+            images=sum(said.candidate.scores.counts),
+        )
+        self.rounds.changed()
+
     def activate(self, version: int, expected: int | None) -> None:
         """Activates a release, see operator.proto.
 
@@ -153,6 +188,7 @@ class Federation:
     def status(self, only: str | None = None) -> FederationStatus:
         """What `feddymem status` shows: of all sites, or of one only."""
         last = self._state.last_banks(self.name)
+        held_out = self.releases.held_out_images(self.releases.newest)
         known = self._state.sites(self.name)
         sites = []
         for name, site in known.items():
@@ -168,6 +204,7 @@ class Federation:
                     bytes_per_round=self._state.bytes_per_round(self.name, name),
                     standing=self.members.standing(name),
                     quarantine=quarantine,
+                    held_out_images=held_out.get(name, 0),
                 )
             )
         return FederationStatus(
@@ -182,6 +219,9 @@ class Federation:
             waits_for=self.rounds.waits_for(),
             releases=self.releases.versions,
             release_held=self.releases.held,
+            failed_releases=self.releases.failed(named=only is None),
+            shadow_release=self.releases.shadow,
+            false_alarm_rate=self.settings.false_alarm_rate,
         )
 
     @contextmanager

@@ -37,7 +37,7 @@ def main(args: list[str]) -> None:
 async def _serve(settings: AggregatorSettings) -> None:
     state = State(settings.state_dir)
     releases = ArrayStore(settings.state_dir / RELEASES)
-    kept = [release for name in state.federations for release in state.releases(name)]
+    kept = [release for name in state.federations for release in (*state.releases(name), *state.candidates(name))]
     releases.keep_only((array.sha256 for release in kept for array in release.arrays), keep_parts=False)
     federations: dict[str, Federation] = {}
 

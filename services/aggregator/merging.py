@@ -50,6 +50,12 @@ class Merging:
     banned: tuple[int, ...]
     trusted: frozenset[str]
 
+    def digest(self, method: Method) -> bytes:
+        """SHA-256 of it all, and of the method that merges it."""
+        banks = {site: header.SerializeToString(deterministic=True) for site, header in sorted(self.banks.items())}
+        inputs = self.base, banks, self.origins, self.banned, sorted(self.trusted), method.model_dump_json()
+        return hashlib.sha256(repr(inputs).encode()).digest()
+
     def next_memory(self, uploads: Uploads, releases: Releases, method: Method) -> NextMemory:
         """Reads and merges it all.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from feddymem.release_checks import CHECKS
 from feddymem.v1.federation_pb2 import Phase
 
 _LABELS = ["federation"]
@@ -46,16 +47,26 @@ MEMORY_ITEMS = Gauge("feddymem_global_memory_items", "Items of the global memory
 RELEASE = Gauge("feddymem_release_version", "Version of the active release.", _LABELS)
 RELEASE_CREATED = Gauge("feddymem_release_timestamp_seconds", "When the newest release was made.", _LABELS)
 
+RELEASE_WITHHELD = Gauge(
+    "feddymem_release_withheld", "Whether the newest release has failed a check and is not active.", _LABELS
+)
+CHECKS_FAILED = Counter(
+    "feddymem_release_checks_failed_total", "Checks that releases have failed.", [*_LABELS, "check"]
+)
+CALIBRATIONS_ACCEPTED = Counter("feddymem_calibrations_accepted_total", "Calibrations accepted.", _LABELS)
+
 
 def show_settings(federation: str, quorum: int, deadline: float) -> None:
     """Shows what a federation's rounds are measured by, and all that is counted of it, so that the first is an
     increase."""
     ROUND_QUORUM.labels(federation).set(quorum)
     ROUND_DEADLINE.labels(federation).set(deadline)
-    for counter in (AGGREGATIONS_FAILED, BANKS_ACCEPTED, BANKS_QUARANTINED, BANK_BYTES):
+    for counter in (AGGREGATIONS_FAILED, BANKS_ACCEPTED, CALIBRATIONS_ACCEPTED, BANKS_QUARANTINED, BANK_BYTES):
         counter.labels(federation)
     for reason in _REFUSALS:
         BANKS_REFUSED.labels(federation, reason)
+    for check in CHECKS:
+        CHECKS_FAILED.labels(federation, check)
 
 
 def show_phase(federation: str, phase: Phase.ValueType) -> None:

@@ -10,12 +10,16 @@ from feddymem.v1 import operator_pb2_grpc
 from feddymem.v1.operator_pb2 import (
     ActivateReleaseRequest,
     ActivateReleaseResponse,
+    GetReleaseRequest,
+    GetReleaseResponse,
     ListReleasesRequest,
     ListReleasesResponse,
     RemoveSiteRequest,
     RemoveSiteResponse,
     SetStandingRequest,
     SetStandingResponse,
+    ShadowReleaseRequest,
+    ShadowReleaseResponse,
     Standing,
 )
 from services.aggregator.federation import Federation
@@ -25,7 +29,12 @@ from services.runtime.identity import Role
 from services.runtime.server import Service
 
 _Context = aio.ServicerContext[Any, Any]
-_ACTIONS = {"ActivateRelease": "activate_release", "SetStanding": "set_standing", "RemoveSite": "remove_site"}
+_ACTIONS = {
+    "ActivateRelease": "activate_release",
+    "ShadowRelease": "shadow_release",
+    "SetStanding": "set_standing",
+    "RemoveSite": "remove_site",
+}
 """Of each method, for the audit log."""
 
 
@@ -41,7 +50,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         return Service(
             "feddymem.v1.OperatorService",
             lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(self, server),
-            access=dict.fromkeys(("ListReleases", *_ACTIONS), frozenset({Role.OPERATOR})),
+            access=dict.fromkeys(("ListReleases", "GetRelease", *_ACTIONS), frozenset({Role.OPERATOR})),
             audited=_ACTIONS,
         )
 
@@ -58,6 +67,18 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             previous = federation.releases.active
             federation.activate(request.version, expected)
         return ActivateReleaseResponse(version=federation.releases.active, previous=previous)
+
+    async def GetRelease(self, request: GetReleaseRequest, _context: _Context) -> GetReleaseResponse:
+        """See operator.proto."""
+        return self._federation(request.federation).releases.details(request.version)
+
+    async def ShadowRelease(self, request: ShadowReleaseRequest, context: _Context) -> ShadowReleaseResponse:
+        """See operator.proto."""
+        with audited(context, f"shadow_release {request.version or 'none'}", request.federation):
+            releases = self._federation(request.federation).releases
+            previous = releases.shadow
+            releases.set_shadow(request.version)
+        return ShadowReleaseResponse(previous=previous)
 
     async def SetStanding(self, request: SetStandingRequest, context: _Context) -> SetStandingResponse:
         """See operator.proto."""

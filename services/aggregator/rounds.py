@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from feddymem.outliers import Outlier
 from feddymem.v1.federation_pb2 import (
     PHASE_AGGREGATING,
+    PHASE_CALIBRATING,
     PHASE_DONE,
     PHASE_OPEN,
     PHASE_WAITING,
+    CalibrateRequest,
     GlobalMemory,
     Phase,
     WatchRoundsResponse,
@@ -20,14 +22,16 @@ from feddymem.v1.federation_pb2 import (
 from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
+from services.aggregator.calibrating import calibrated
 from services.aggregator.members import Members
 from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
 from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
-from services.aggregator.state import OpenedRound, State
+from services.aggregator.state import Candidate, OpenedRound, State
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
 from services.runtime.changes import Changes
+from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
 
 WAITS_FOR_SECONDS = 2
@@ -66,12 +70,14 @@ class Rounds:
     ) -> None:
         self._name, self._settings, self._state = name, settings, state
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
-        self._aggregating = False
+        self._aggregating, self._doubted = False, True
+        self._candidate: Candidate | None = None
         self._judged: Merging | None = None
         self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None
         self._told: tuple[int, int] | None = None
         self._telling: asyncio.TimerHandle | None = None
+        self._show_candidate(state.candidate(name, self.number))
         self.forget_banks()
         metrics.show_phase(name, self.phase)
 
@@ -80,6 +86,8 @@ class Rounds:
         """Where the federation stands."""
         if self._aggregating:
             return PHASE_AGGREGATING
+        if self._candidate is not None:  # without held-out images, what there is to do is done at once
+            return PHASE_CALIBRATING if self._settings.method.hold_out_share else PHASE_AGGREGATING
         if self._releases.newest >= self._settings.method.rounds:
             return PHASE_DONE
         return PHASE_OPEN if len(self._members.joined) >= self._settings.quorum else PHASE_WAITING
@@ -88,6 +96,19 @@ class Rounds:
     def number(self) -> int:
         """Number of the current round, from 1; the last one when the federation is done."""
         return min(self._releases.newest + 1, self._settings.method.rounds)
+
+    @property
+    def candidate(self) -> Release | None:
+        """The global memory that the round has made; None unless the phase is PHASE_CALIBRATING."""
+        if self._candidate is None or self.phase != PHASE_CALIBRATING:
+            return None
+        return self._candidate.release
+
+    @property
+    def base(self) -> int:
+        """Version of the release that the current round started from; 0 for none, or for none yet."""
+        opened = self._state.opened_round(self._name, self.number)
+        return 0 if opened is None else opened.base
 
     def state(self) -> WatchRoundsResponse:
         """The state of the rounds, as sites are told it; `news` says when to look again."""
@@ -100,10 +121,12 @@ class Rounds:
         quorum = self._settings.quorum
         if self.phase == PHASE_WAITING:
             return f"{quorum - len(self._members.joined)} more to join, for the quorum of {quorum}"
+        if self.phase == PHASE_CALIBRATING:
+            return f"calibrations of {len(self._to_calibrate())} more sites"
         if self.phase != PHASE_OPEN:
             return ""
         banks = self._quarantines()
-        counted = self._counted(banks)
+        counted = len(self._counted(banks))
         if counted < quorum:
             held = f"; {len(banks) - counted} in quarantine" if counted < len(banks) else ""
             return f"{quorum - counted} more banks, for the quorum of {quorum}{held}"
@@ -115,6 +138,7 @@ class Rounds:
         self._shown = None
         self._changes.notify()
         if at_once:
+            self._doubted = True
             self._decisions.notify()
         now = self.phase, self.number
         metrics.show_phase(self._name, now[0])
@@ -147,16 +171,22 @@ class Rounds:
                 await self._decisions.wait(AGGREGATION_RETRY_SECONDS)
         _log.info("federation_done", federation=self._name, release=self._releases.newest)
 
+    def calibrating(self) -> set[str]:
+        """Sites whose banks count in the current round, so that their calibrations do, too."""
+        return self._counted(self._quarantines())
+
     def _make_state(self) -> WatchRoundsResponse:
         phase = self.phase
         opened = self._state.opened_round(self._name, self.number)
-        during = opened if phase in (PHASE_OPEN, PHASE_AGGREGATING) else None
+        during = opened if phase in (PHASE_OPEN, PHASE_AGGREGATING, PHASE_CALIBRATING) else None
         base = self._releases.find(self._releases.active if during is None else during.base)
+        candidate = self.candidate
         return WatchRoundsResponse(
             phase=phase,
             round=self.number,
             seconds_left=self._seconds_left() if phase == PHASE_OPEN else 0,
             memory=None if base is None else GlobalMemory(version=base.version, arrays=base.arrays),
+            candidate=None if candidate is None else GlobalMemory(version=candidate.version, arrays=candidate.arrays),
             waits_for=self.waits_for(),
         )
 
@@ -166,15 +196,11 @@ class Rounds:
         while self.phase == PHASE_WAITING:
             await self._changes.wait()
         opened = self._open_round()
-        while (seconds := self._seconds_to_wait()) > 0:
-            await self._changes.wait(None if seconds == float("inf") else seconds)
-        try:
-            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
-                released = await self._release()
-        except DamagedBankError as error:
-            self._ask_again(error)
+        if self._candidate is None and not await self._merge_banks():
             return
-        if released:
+        while not self._is_outdated() and (seconds := self._seconds_to_calibrate()) > 0:
+            await self._changes.wait(seconds)
+        if await self._release():
             self.forget_banks()
             metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
             self.changed()
@@ -189,13 +215,38 @@ class Rounds:
         self.changed()
         return opened
 
+    async def _merge_banks(self) -> bool:
+        """Waits until the round has its banks, and makes a candidate of them; whether there is one."""
+        while (seconds := self._seconds_to_wait()) > 0:
+            await self._changes.wait(None if seconds == float("inf") else seconds)
+        try:
+            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
+                return await self._make_candidate()
+        except DamagedBankError as error:
+            self._ask_again(error)
+            return False
+
+    def _seconds_to_calibrate(self) -> float:
+        """How long sites are to be waited for that have not calibrated the candidate: 0 for no longer."""
+        assert self._candidate is not None, "a candidate is calibrated"
+        if self._settings.method.hold_out_share == 0:
+            return 0
+        left = self._candidate.made + self._settings.calibration_deadline_seconds - time.time()
+        return max(0.0, min(left, max(self._to_calibrate().values(), default=0.0)))
+
+    def _to_calibrate(self) -> dict[str, float]:
+        """Sites whose calibrations are waited for, and how much longer, in seconds, for each of them."""
+        said = self._state.calibrated(self._name, self.number)
+        waited_for = self._members.waited_for()
+        return {site: waited_for[site] for site in self.calibrating() - said if site in waited_for}
+
     def _seconds_to_wait(self) -> float:
         """How long the round is to stay open, as things are: 0 where it is complete, endless without a quorum.
 
         Banks that would be enough, but for those in quarantine, are judged again together with what has come since.
         """
         banks, quorum = self._quarantines(), self._settings.quorum
-        counted = self._counted(banks)
+        counted = len(self._counted(banks))
         metrics.ROUND_BANKS.labels(self._name).set(counted)
         if len(banks) < quorum or (counted < quorum and self._inputs() == self._judged):
             return float("inf")
@@ -207,8 +258,9 @@ class Rounds:
         reasons = self._state.quarantine(self._name, self.number)
         return {site: reason for site, reason in reasons.items() if self._members.counts(site)}
 
-    def _counted(self, quarantines: Mapping[str, str]) -> int:
-        return sum(not reason or self._members.admitted(site) for site, reason in quarantines.items())
+    def _counted(self, quarantines: Mapping[str, str]) -> set[str]:
+        """Of these sites, those whose banks count."""
+        return {site for site, reason in quarantines.items() if not reason or self._members.admitted(site)}
 
     def _seconds_left(self) -> float:
         opened = self._state.opened_round(self._name, self.number)
@@ -235,8 +287,8 @@ class Rounds:
         self._members.call_back(site)
         self.changed(at_once=True)
 
-    async def _release(self) -> bool:
-        """Makes the release of the round; whether there is one."""
+    async def _make_candidate(self) -> bool:
+        """Merges the banks of the round; whether enough of them count."""
         inputs = self._inputs()
         merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
@@ -256,10 +308,57 @@ class Rounds:
         release = await make_release(merged, inputs.banks, draft, self._arrays)
         if self._inputs() != inputs:
             return False
-        self._releases.add(release, inputs.origins)
-        metrics.BANKS_QUARANTINED.labels(self._name).inc(len(merged.outliers))
-        _log.info("released", federation=self._name, version=release.version, sites=release.provenance.sites)
+        candidate = Candidate(release, inputs.digest(self._settings.method), time.time())
+        self._state.put_candidate(candidate)
+        self._show_candidate(candidate)
+        _log.info("candidate", federation=self._name, round=self.number, sites=release.provenance.sites)
         return True
+
+    async def _release(self) -> bool:
+        """Checks the candidate and makes it the release of the round; whether there is one, or banks have changed."""
+        assert self._candidate is not None, "a candidate is released"
+        said: dict[str, CalibrateRequest] | None = None
+        while said is None or said.keys() != self._state.calibrated(self._name, self.number):  # more have come since
+            said = self._state.calibrations(self._name, self.number)
+            counted = {site: said[site] for site in self.calibrating() & said.keys()}
+            try:
+                release, checks = await asyncio.to_thread(
+                    calibrated, self._candidate.release, counted, self._settings, self._arrays
+                )
+            except Refusal as refusal:
+                self._drop_candidate(refusal.text)
+                return False
+        if self._is_outdated():
+            self._drop_candidate("banks or their standing have changed")
+            return False
+        self._releases.add(release, self._inputs().origins, checks)
+        self._candidate = None
+        metrics.BANKS_QUARANTINED.labels(self._name).inc(release.provenance.quarantined)
+        failed = [check.name for check in checks if not check.passed]
+        _log.info(
+            "released", federation=self._name, version=release.version, sites=release.provenance.sites, failed=failed
+        )
+        return True
+
+    def _is_outdated(self) -> bool:
+        """Whether the candidate is of other banks than count now: looked up where an operator has said something, or
+        before a restart may have."""
+        if self._doubted and self._candidate is not None:
+            self._doubted = self._inputs().digest(self._settings.method) != self._candidate.inputs
+        return self._doubted
+
+    def _drop_candidate(self, reason: str) -> None:
+        assert self._candidate is not None, "a candidate is dropped"
+        _log.warning("candidate_dropped", federation=self._name, round=self.number, reason=reason)
+        gone = self._candidate.release
+        self._state.remove_candidate(self._name, self.number)
+        self._show_candidate(None)
+        self._releases.discard(gone)
+        self.changed(at_once=True)
+
+    def _show_candidate(self, candidate: Candidate | None) -> None:
+        self._candidate = candidate
+        self._releases.show_candidate(None if candidate is None else candidate.release)
 
     def _inputs(self) -> Merging:
         opened = self._state.opened_round(self._name, self.number)

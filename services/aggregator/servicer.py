@@ -11,6 +11,8 @@ from feddymem.v1 import federation_pb2_grpc
 from feddymem.v1.federation_pb2 import (
     ArrayOffset,
     BankAccepted,
+    CalibrateRequest,
+    CalibrateResponse,
     GetStatusRequest,
     GetStatusResponse,
     JoinRequest,
@@ -26,7 +28,7 @@ from services.aggregator.members import unknown_federation
 from services.runtime.audit import audited
 from services.runtime.errors import invalid
 from services.runtime.identity import Role, caller, require_site
-from services.runtime.messages import method_to_message
+from services.runtime.messages import candidate_items, method_to_message
 from services.runtime.server import Service
 
 
@@ -43,10 +45,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             "feddymem.v1.FederationService",
             lambda server: federation_pb2_grpc.add_FederationServiceServicer_to_server(self, server),
             access={
-                **dict.fromkeys(("Join", "WatchRounds", "UploadBank"), frozenset({Role.SITE})),
+                **dict.fromkeys(("Join", "WatchRounds", "UploadBank", "Calibrate"), frozenset({Role.SITE})),
                 "GetStatus": frozenset({Role.SITE, Role.OPERATOR}),
             },
-            audited={"Join": "join", "UploadBank": "upload_bank"},
+            audited={"Join": "join", "UploadBank": "upload_bank", "Calibrate": "calibrate"},
         )
 
     async def Join(self, request: JoinRequest, context: aio.ServicerContext[Any, Any]) -> JoinResponse:
@@ -64,11 +66,11 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         require_site(context, request.site)
         federation = self._federation(request.federation, request.site)
         with federation.presence(request.site, request.instance) as presence:
-            told: tuple[int, int, str] | None = None
+            told: tuple[object, ...] | None = None
             while True:
                 federation.members.require_present(presence)  # it may have been removed since
                 state = federation.rounds.state()
-                now = state.phase, state.round, state.waits_for
+                now = state.phase, state.round, state.waits_for, candidate_items(state)
                 if told != now:
                     told = now
                     yield state
@@ -97,6 +99,13 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                     await uploads.receive(header, request_iterator)
                     await federation.accept(header)
         yield UploadBankResponse(accepted=BankAccepted(received_bytes=uploads.received_bytes(header)))
+
+    async def Calibrate(self, request: CalibrateRequest, context: aio.ServicerContext[Any, Any]) -> CalibrateResponse:
+        """See federation.proto."""
+        with audited(context, "calibrate", request.federation, request.site):
+            require_site(context, request.site)
+            self._federation(request.federation, request.site).calibrate(request)
+        return CalibrateResponse()
 
     async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
         """See federation.proto. A site is shown its own federations, and of their sites itself."""

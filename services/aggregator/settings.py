@@ -32,6 +32,24 @@ class FederationSettings(BaseModel):
         ge=0,
         description="time that a round goes on waiting for the bank of a site that was there and has gone",
     )
+    calibration_deadline_seconds: float = Field(
+        default=600,
+        gt=0,
+        description="time after which a round's candidate is released, whichever sites have not scored their held-out "
+        "images with it",
+    )
+    false_alarm_rate: float = Field(
+        default=0.05,
+        gt=0,
+        le=0.5,
+        description="share of normal images that may be called anomalous; holds for releases from then on",
+    )
+    worse_margin: float = Field(
+        default=0.1,
+        ge=0,
+        description="share by which the median score of a site's held-out images may rise from a release to the next; "
+        "one beyond it is not activated by itself",
+    )
     keep_releases: int = Field(
         default=10, ge=1, le=1000, description="newest releases to keep for activation; the others are removed"
     )

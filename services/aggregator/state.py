@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feddymem.v1.feature_space_pb2 import FeatureSpace
-from feddymem.v1.federation_pb2 import BankHeader
-from feddymem.v1.operator_pb2 import STANDING_JUDGED, Standing
+from feddymem.v1.federation_pb2 import BankHeader, CalibrateRequest
+from feddymem.v1.operator_pb2 import STANDING_JUDGED, ReleaseCheck, Standing
 from feddymem.v1.release_pb2 import Release
 
 DATABASE = "aggregator.sqlite3"
@@ -19,7 +19,7 @@ RELEASES = "releases"
 """Folder of the arrays of all releases, beside the database."""
 BANKS = "banks"
 """Folder of a folder for each federation, with a folder for each site, with the arrays of its bank."""
-_VERSION = 3
+_VERSION = 4
 _BANKS_SHOWN = 100
 """Of a site in the status of a federation, which thousand sites may have after thousands of rounds."""
 _SCHEMA = """
@@ -40,9 +40,20 @@ CREATE TABLE IF NOT EXISTS bank (
 CREATE TABLE IF NOT EXISTS release (
     federation TEXT, version INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version)
 );
+CREATE TABLE IF NOT EXISTS candidate (
+    federation TEXT, round INTEGER, message BLOB NOT NULL, inputs BLOB NOT NULL, made REAL NOT NULL,
+    PRIMARY KEY (federation, round)
+);
+CREATE TABLE IF NOT EXISTS calibration (
+    federation TEXT, round INTEGER, site TEXT, message BLOB NOT NULL, PRIMARY KEY (federation, round, site)
+);
+CREATE TABLE IF NOT EXISTS release_check (
+    federation TEXT, version INTEGER, number INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version, number)
+);
 CREATE TABLE IF NOT EXISTS origin (federation TEXT, number INTEGER, site TEXT, PRIMARY KEY (federation, number));
 CREATE TABLE IF NOT EXISTS removed (federation TEXT, site TEXT, PRIMARY KEY (federation, site));
 CREATE TABLE IF NOT EXISTS held (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS shadow (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
 """
 
 
@@ -87,6 +98,21 @@ class OpenedRound:
 
     opened: float
     base: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The global memory that a round has made, before it is a release.
+
+    Attributes:
+        release: what it becomes; without calibration.
+        inputs: SHA-256 of what it was made from; if that has changed since, it is none any more.
+        made: when, in seconds since the epoch.
+    """
+
+    release: Release
+    inputs: bytes
+    made: float
 
 
 class State:
@@ -139,6 +165,13 @@ class State:
             "SELECT name, instance, images FROM site WHERE federation = ? ORDER BY name", (federation,)
         )
         return {name: Site(name, instance, images) for name, instance, images in rows}
+
+    def site(self, federation: str, name: str) -> Site | None:
+        """A site; None if it has not joined."""
+        row = self._db.execute(
+            "SELECT name, instance, images FROM site WHERE federation = ? AND name = ?", (federation, name)
+        ).fetchone()
+        return Site(*row) if row else None
 
     def put_site(self, federation: str, site: Site) -> None:
         """A site has joined, or joined again."""
@@ -264,23 +297,105 @@ class State:
                 [(reason, federation, number, site) for site, reason in reasons.items()],
             )
 
+    def candidate(self, federation: str, number: int) -> Candidate | None:
+        """The candidate of a round that has no release yet; None if there is none."""
+        row = self._db.execute(
+            "SELECT message, inputs, made FROM candidate WHERE federation = ? AND round = ?", (federation, number)
+        ).fetchone()
+        return Candidate(Release.FromString(row[0]), *row[1:]) if row else None
+
+    def candidates(self, federation: str) -> list[Release]:
+        """All candidates of a federation, of which its current round has one at most."""
+        rows = self._db.execute("SELECT message FROM candidate WHERE federation = ?", (federation,))
+        return [Release.FromString(row[0]) for row in rows]
+
+    def put_candidate(self, candidate: Candidate) -> None:
+        """A round has a candidate from now on; its arrays are in the store already.
+
+        What sites have said of another candidate of the round is forgotten; not of one that was the same.
+        """
+        release = candidate.release
+        place = release.federation, release.version
+        others = [
+            (*place, site)
+            for site, said in self.calibrations(*place).items()
+            if said.items_sha256 != release.arrays[0].sha256
+        ]
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO candidate VALUES (?, ?, ?, ?, ?)",
+                (*place, release.SerializeToString(deterministic=True), candidate.inputs, candidate.made),
+            )
+            self._db.executemany("DELETE FROM calibration WHERE federation = ? AND round = ? AND site = ?", others)
+
+    def remove_candidate(self, federation: str, number: int) -> None:
+        """A round's candidate was never there."""
+        self._db.execute("DELETE FROM candidate WHERE federation = ? AND round = ?", (federation, number))
+
+    def calibrations(self, federation: str, number: int) -> dict[str, CalibrateRequest]:
+        """What sites have said of the candidate of a round, or of the release that it has become, by site."""
+        rows = self._db.execute(
+            "SELECT site, message FROM calibration WHERE federation = ? AND round = ? ORDER BY site",
+            (federation, number),
+        )
+        return {site: CalibrateRequest.FromString(message) for site, message in rows}
+
+    def calibrated(self, federation: str, number: int) -> set[str]:
+        """Sites that have said how they score the candidate of a round."""
+        rows = self._db.execute("SELECT site FROM calibration WHERE federation = ? AND round = ?", (federation, number))
+        return {site for (site,) in rows}
+
+    def calibration(self, federation: str, number: int, site: str) -> CalibrateRequest | None:
+        """What a site has said of the candidate of a round; None where it has said nothing."""
+        row = self._db.execute(
+            "SELECT message FROM calibration WHERE federation = ? AND round = ? AND site = ?",
+            (federation, number, site),
+        ).fetchone()
+        return CalibrateRequest.FromString(row[0]) if row else None
+
+    def put_calibration(self, said: CalibrateRequest) -> None:
+        """What a site says of the candidate of a round counts from now on."""
+        self._db.execute(
+            "INSERT INTO calibration VALUES (?, ?, ?, ?)",
+            (said.federation, said.round, said.site, said.SerializeToString(deterministic=True)),
+        )
+
     def releases(self, federation: str) -> list[Release]:
         """All releases of a federation that are kept, oldest first."""
         rows = self._db.execute("SELECT message FROM release WHERE federation = ? ORDER BY version", (federation,))
         return [Release.FromString(row[0]) for row in rows]
 
-    def put_release(self, release: Release, origins: Sequence[str]) -> None:
+    def checks(self, federation: str) -> dict[int, list[ReleaseCheck]]:
+        """The checks of all releases of a federation that are kept, by version."""
+        rows = self._db.execute(
+            "SELECT version, message FROM release_check WHERE federation = ? ORDER BY version, number", (federation,)
+        )
+        checks: dict[int, list[ReleaseCheck]] = {}
+        for version, message in rows:
+            checks.setdefault(version, []).append(ReleaseCheck.FromString(message))
+        return checks
+
+    def put_release(self, release: Release, origins: Sequence[str], checks: Sequence[ReleaseCheck] = ()) -> None:
         """A release exists from now on; its arrays are in the store already. Its round is closed.
 
         Args:
             release: the release.
             origins: sites by their origin in it; none may have another origin than before.
+            checks: what came of its checks.
         """
         with self._transaction():
             self._db.execute(
                 "INSERT INTO release VALUES (?, ?, ?)",
                 (release.federation, release.version, release.SerializeToString(deterministic=True)),
             )
+            self._db.executemany(
+                "INSERT INTO release_check VALUES (?, ?, ?, ?)",
+                [
+                    (release.federation, release.version, number, check.SerializeToString(deterministic=True))
+                    for number, check in enumerate(checks)
+                ],
+            )
+            self._db.execute("DELETE FROM candidate WHERE federation = ?", (release.federation,))
             self._db.executemany(
                 "INSERT OR IGNORE INTO origin VALUES (?, ?, ?)",
                 [(release.federation, number, site) for number, site in enumerate(origins)],
@@ -292,16 +407,28 @@ class State:
 
     def prune_release(self, federation: str, version: int) -> None:
         """A release cannot be had any more."""
-        self._db.execute("DELETE FROM release WHERE federation = ? AND version = ?", (federation, version))
+        with self._transaction():
+            self._db.execute("DELETE FROM release WHERE federation = ? AND version = ?", (federation, version))
+            self._db.execute("DELETE FROM release_check WHERE federation = ? AND version = ?", (federation, version))
+            self._db.execute("DELETE FROM calibration WHERE federation = ? AND round = ?", (federation, version))
 
     def held(self, federation: str) -> int:
-        """Version of the release that an operator has activated; 0 where the newest is active."""
+        """Version of the release that an operator has activated; 0 where the newest that has passed is active."""
         row = self._db.execute("SELECT version FROM held WHERE federation = ?", (federation,)).fetchone()
         return int(row[0]) if row else 0
 
     def set_held(self, federation: str, version: int) -> None:
         """An operator has activated a release; 0: the newest."""
         self._db.execute("INSERT OR REPLACE INTO held VALUES (?, ?)", (federation, version))
+
+    def shadow(self, federation: str) -> int | None:
+        """Version of the release that scores in the shadow; 0 where one did; None where none ever did."""
+        row = self._db.execute("SELECT version FROM shadow WHERE federation = ?", (federation,)).fetchone()
+        return int(row[0]) if row else None
+
+    def set_shadow(self, federation: str, version: int) -> None:
+        """A release scores in the shadow; 0: none does any more."""
+        self._db.execute("INSERT OR REPLACE INTO shadow VALUES (?, ?)", (federation, version))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`feddymem release`: which releases there are, and which one scores."""
+"""`feddymem release`: which releases there are, what is known of them, and which one scores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
@@ -13,19 +14,26 @@ from rich.table import Column, Table
 
 from feddymem.v1.operator_pb2 import (
     ActivateReleaseRequest,
+    GetReleaseRequest,
+    GetReleaseResponse,
     ListReleasesRequest,
     ListReleasesResponse,
+    ShadowReleaseRequest,
 )
 from services.cli.exit_codes import REFUSED, USAGE
 from services.cli.failures import fail
 from services.cli.operator_calls import LOCAL, TIMEOUT_SECONDS, Federation, Server, TlsDir, call
+from services.runtime.messages import site_calibration_from_message
 
-_NEWEST = "newest"
+_NEWEST, _NONE = "newest", "none"
 _LARGEST = 2**32 - 1
 _SITES_SHOWN = 8
 
-release = typer.Typer(help="List releases, activate one, roll back. With TLS, for role operator.", no_args_is_help=True)
+release = typer.Typer(
+    help="List releases, look at one, activate one, roll back. With TLS, for role operator.", no_args_is_help=True
+)
 
+_Version = Annotated[int, typer.Argument(min=1, max=_LARGEST, help="Version of the release.")]
 _IfActive = Annotated[
     int | None,
     typer.Option(
@@ -52,28 +60,61 @@ def list_releases(
 
 
 @release.command()
+def show(
+    federation: Federation,
+    version: _Version,
+    server: Server = LOCAL,
+    tls_dir: TlsDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """Show one release: its checks, and how it scores the normal images that each site has held out."""
+    request = GetReleaseRequest(federation=federation, version=version)
+    answer = call(server, tls_dir, lambda stub: stub.GetRelease(request, timeout=TIMEOUT_SECONDS))
+    if as_json:
+        print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
+    Console().print(_checks(federation, answer))
+    Console().print(_alarms(answer))
+
+
+@release.command()
+def shadow(
+    federation: Federation,
+    version: Annotated[str, typer.Argument(help="Version of the release, or `none` to end it.")],
+    server: Server = LOCAL,
+    tls_dir: TlsDir = None,
+) -> None:
+    """Have a release score alongside the active one: only counted is what it would say, see docs/metrics.md."""
+    number = 0 if version == _NONE else _number(version, _NONE)
+    request = ShadowReleaseRequest(federation=federation, version=number)
+    answer = call(server, tls_dir, lambda stub: stub.ShadowRelease(request, timeout=TIMEOUT_SECONDS))
+    typer.echo(f"release {number or 'none'} of {federation} scores in the shadow; before: {answer.previous or 'none'}")
+
+
+@release.command()
 def activate(
     federation: Federation,
-    version: Annotated[str, typer.Argument(help="Version of the release, or `newest` for that of each round.")],
+    version: Annotated[
+        str, typer.Argument(help="Version of the release, or `newest` for that of each round that passes its checks.")
+    ],
     if_active: _IfActive = None,
     server: Server = LOCAL,
     tls_dir: TlsDir = None,
 ) -> None:
     """Activate a release, earlier or later; it stays active until the next call."""
-    if not (version == _NEWEST or (version.isdecimal() and 1 <= int(version) <= _LARGEST)):
-        fail(f"version {version!r} is neither a number from 1 on nor `{_NEWEST}`", USAGE)
-    _activate(federation, 0 if version == _NEWEST else int(version), if_active, server, tls_dir)
+    _activate(federation, 0 if version == _NEWEST else _number(version, _NEWEST), if_active, server, tls_dir)
 
 
 @release.command()
 def rollback(
     federation: Federation, if_active: _IfActive = None, server: Server = LOCAL, tls_dir: TlsDir = None
 ) -> None:
-    """Activate the kept release before the active one; it stays active until the next call."""
+    """Activate the last kept release before the active one that has passed its checks; it stays active until the next
+    call."""
     answer = _list(federation, server, tls_dir)
     active = answer.active if if_active is None else if_active
     versions = [each.version for each in answer.releases]
-    earlier = [version for version in versions if version < active]
+    earlier = [each.version for each in answer.releases if each.version < active and not each.failed]
     if not earlier:
         kept = ", ".join(map(str, versions)) or "none"
         fail(
@@ -81,6 +122,12 @@ def rollback(
             REFUSED,
         )
     _activate(federation, earlier[-1], active, server, tls_dir)
+
+
+def _number(version: str, word: str) -> int:
+    if not (version.isdecimal() and 1 <= int(version) <= _LARGEST):
+        fail(f"version {version!r} is neither a number from 1 on nor `{word}`", USAGE)
+    return int(version)
 
 
 def _list(federation: str, server: str, tls_dir: Path | None) -> ListReleasesResponse:
@@ -101,10 +148,14 @@ def _table(federation: str, answer: ListReleasesResponse) -> Table:
     held = ", and stays so (`activate newest` ends it)" if answer.held else ""
     title = f"{federation}: release {answer.active or 'none'} is active{held}"
     made = Column("made (UTC)", no_wrap=True)
-    table = Table("release", "", made, "from", "sites", "images", "items", title=title)
+    table = Table("release", "", made, "from", "sites", "images", "held out", "items", title=title)
     newest = max((each.version for each in answer.releases), default=0)
     for each in answer.releases:
-        marks = {"active": each.version == answer.active, _NEWEST: each.version == newest}
+        marks = {
+            "active": each.version == answer.active,
+            _NEWEST: each.version == newest,
+            "failed a check": bool(each.failed),
+        }
         table.add_row(
             str(each.version),
             ", ".join(mark for mark, holds in marks.items() if holds),
@@ -112,7 +163,34 @@ def _table(federation: str, answer: ListReleasesResponse) -> Table:
             str(each.base or "-"),
             _sites(each.sites),
             str(each.images),
+            str(each.held_out_images),
             str(each.items),
+        )
+    return table
+
+
+def _checks(federation: str, answer: GetReleaseResponse) -> Table:
+    each = answer.release
+    made = f"made {each.created.ToDatetime():%Y-%m-%d %H:%M} (UTC) from release {each.base or 'none'}"
+    table = Table("check", "", "finding", title=f"{federation}: release {each.version}, {made}")
+    for check in answer.checks:
+        table.add_row(check.name, "passed" if check.passed else "failed", check.finding)
+    return table
+
+
+def _alarms(answer: GetReleaseResponse) -> Table:
+    """How a site's held-out images are scored; the median is that of what the sketch tells."""
+    title = f"normal images held out, at a false-alarm rate of {answer.false_alarm_rate:g}"
+    table = Table("site", "held out", "median score", "threshold", "alarms", "guaranteed rate", title=title)
+    for site in answer.sites:
+        scores = site_calibration_from_message(site.calibration).scores
+        table.add_row(
+            site.site,
+            str(len(scores)),
+            f"{np.median(scores.scores):.4g}" if len(scores) else "-",
+            f"{site.threshold:.4g}" if site.threshold else "-",
+            str(site.alarms),
+            f"{site.guaranteed_rate:.3g}" if site.threshold else "-",
         )
     return table
 

@@ -51,8 +51,16 @@ def _table(state: FederationStatus) -> Table:
         f"{state.federation}: {phase_name(state.phase)}, round {state.round} of {state.method.rounds}, "
         f"release {state.release or 'none'}{held}, quorum {state.quorum}{waits}"
     )
-    kept = f"releases kept: {', '.join(map(str, state.releases)) or 'none'}"
-    table = Table("site", "present", "images", "last round", "KiB per round", "standing", title=title, caption=kept)
+    shadow = f", {state.shadow_release} in the shadow" if state.shadow_release else ""
+    lines = [
+        f"releases kept: {', '.join(map(str, state.releases)) or 'none'}{shadow}; "
+        f"false-alarm rate {state.false_alarm_rate:g}",
+        *(f"release {failed.version} has failed a check: {failed.reason}" for failed in state.failed_releases),
+    ]
+    kept = "\n".join(lines)
+    table = Table(
+        "site", "present", "images", "held out", "last round", "KiB per round", "standing", title=title, caption=kept
+    )
     for site in state.sites:
         sent = [f"{count / 1024:.1f}" for count in site.bytes_per_round[-_ROUNDS_SHOWN:]]
         more = "... " if len(site.bytes_per_round) > _ROUNDS_SHOWN else ""
@@ -60,6 +68,7 @@ def _table(state: FederationStatus) -> Table:
             site.site,
             "yes" if site.present else "no",
             str(site.images),
+            str(site.held_out_images or "-"),
             str(site.last_round or "-"),
             more + (", ".join(sent) or "-"),
             _treatment(site),
@@ -80,5 +89,5 @@ def standing_name(standing: Standing.ValueType) -> str:
 
 
 def phase_name(phase: Phase.ValueType) -> str:
-    """A phase in lower case: waiting, open, aggregating or done."""
+    """A phase in lower case: waiting, open, aggregating, calibrating or done."""
     return Phase.Name(phase).removeprefix("PHASE_").lower()

@@ -23,7 +23,7 @@ class SiteImages:
     def __init__(
         self, settings: EdgeClientSettings, extractor: FeatureExtractor, folder: Path, progress: Progress
     ) -> None:
-        self.feature_space = extractor.feature_space
+        self.extractor, self.feature_space = extractor, extractor.feature_space
         self._data, self._progress = settings.data, progress
         self._cache = FeatureCache(
             folder, extractor, None, settings.batch_size, settings.max_pixels, discard=quarantine

@@ -18,6 +18,12 @@ BANK_ITEMS = Gauge("feddymem_edge_bank_items", "Items of the last reduced bank."
 REDUCE_RATIO = Gauge(
     "feddymem_edge_memory_reduce_ratio", "Items of the last reduced bank, divided by the patches that it was made of."
 )
+HELD_OUT = Gauge("feddymem_edge_held_out_images", "Images held out of the last bank, to calibrate releases.")
+CALIBRATION_SECONDS = Histogram(
+    "feddymem_edge_calibration_duration_seconds",
+    "Time to score the held-out images with a round's candidate and base.",
+    buckets=(0.5, 1, 5, 15, 60, 300, 900, 3600),
+)
 SENT_BYTES = Counter("feddymem_edge_sent_bytes_total", "Bytes of bank uploads sent to the aggregator.")
 ROUND = Gauge("feddymem_edge_round", "Last round that this site's bank was accepted in.")
 RETRIES = Counter("feddymem_edge_retries_total", "Calls to the aggregator that were tried again.")

@@ -1,5 +1,5 @@
-"""A site's part in its federation: join, follow the rounds, make and upload a bank in each, publish the memory
-generator."""
+"""A site's part in its federation: join, follow the rounds, make and upload a bank in each, calibrate what comes of it,
+publish the memory generator."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from feddymem.memory import MemoryBank
 from feddymem.method import Method
 from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
 from feddymem.v1.federation_pb2 import (
+    PHASE_CALIBRATING,
     PHASE_DONE,
     PHASE_OPEN,
     BankHeader,
+    CalibrateRequest,
     GlobalMemory,
     JoinRequest,
     WatchRoundsRequest,
@@ -30,6 +32,7 @@ from feddymem.v1.federation_pb2 import (
 )
 from feddymem.v1.release_pb2 import RELEASE_KIND_MEMORY_GENERATOR, Release
 from services.edge_client import metrics
+from services.edge_client.calibration import calibration_of
 from services.edge_client.computing import Computing, tell_disk_full
 from services.edge_client.images import SiteImages
 from services.edge_client.settings import EdgeClientSettings
@@ -42,6 +45,7 @@ from services.runtime.errors import Refusal, is_disk_full
 from services.runtime.identity import Role
 from services.runtime.logs import get_logger
 from services.runtime.messages import (
+    candidate_items,
     feature_space_to_message,
     generator_from_wire,
     generator_to_wire,
@@ -105,6 +109,8 @@ class Participant:
         self._waits_for = ""
         self._patches: CachedPatches | None = None
         self._joined_images = self._uploaded = self._refusals = 0
+        self._calibration = CalibrateRequest()
+        self._calibrated: tuple[int, bytes] | None = None
         generator = state.last().generator
         if generator is not None:
             publisher.publish(generator)
@@ -159,7 +165,8 @@ class Participant:
     async def _take_part(self, aggregator: _Aggregator) -> bool:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
-        self._uploaded = 0  # the aggregator may have forgotten it; if not, no byte of it is sent again
+        # The aggregator may have forgotten both; if not, no byte of the bank is sent again.
+        self._uploaded, self._calibrated = 0, None
         async with aclosing(self._events(aggregator)) as events:
             async for event in events:
                 if event is None:
@@ -172,12 +179,14 @@ class Participant:
 
     async def _events(self, aggregator: _Aggregator) -> AsyncGenerator[WatchRoundsResponse | None, None]:
         """The states of the rounds, each once; None each time that nothing was said for `scan_seconds`."""
-        last: tuple[int, int, str] | None = None
+        last: tuple[object, ...] | None = None
         request = WatchRoundsRequest(**self._identity)
         events = watched(aggregator.rounds.WatchRounds, request, self._settings.scan_seconds)
         async with aclosing(events):
             async for event in events:
-                state = None if event is None else (event.phase, event.round, event.waits_for)
+                state = None
+                if event is not None:
+                    state = event.phase, event.round, event.waits_for, candidate_items(event)
                 if state is None or state != last:
                     last = state or last
                     yield event
@@ -218,6 +227,8 @@ class Participant:
             if bank is None or bank.round != event.round:
                 bank = await self._make_bank(event, method, aggregator)
             await self._upload(bank, aggregator)
+        if event.phase == PHASE_CALIBRATING:
+            await self._calibrate(event, method, aggregator)
         if event.phase == PHASE_DONE:
             if method.generator and self._state.last().generator is None:
                 await self._publish_untrained(method)
@@ -226,9 +237,8 @@ class Participant:
         return False
 
     async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
-        patches = await self.look()
-        if patches.images != self._joined_images:  # as `feddymem status` shows it
-            await self._join(aggregator)
+        patches, held_out = await self._split(method, aggregator)
+        metrics.HELD_OUT.set(0 if held_out is None else held_out.images)
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
         # Without a memory the federation begins, or begins anew with an aggregator that has lost its disk.
         generator = self._load_generator() if method.generator and memory is not None else None
@@ -248,24 +258,70 @@ class Participant:
         metrics.REDUCE_RATIO.set(len(update.bank) / (patches.images * self._images.feature_space.patches))
         if update.loss is not None:
             metrics.LOSS.set(update.loss)
-        outcome = await self._computing.run(self._keep, update, event.round, patches.images, method)
+        outcome = await self._computing.run(self._keep, update, event, patches.images, method)
         if outcome.generator is not None:
             self._publisher.publish(outcome.generator)
         assert outcome.bank is not None
         return outcome.bank
 
-    def _keep(self, update: LocalUpdate, round_number: int, images: int, method: Method) -> Outcome:
+    async def _split(self, method: Method, aggregator: _Aggregator) -> tuple[CachedPatches, CachedPatches | None]:
+        """The images that are in the folder now: those for the bank, and those held out of it, or none."""
+        patches = await self.look()
+        if patches.images != self._joined_images:  # as `feddymem status` shows it
+            await self._join(aggregator)
+        return await self._computing.run(patches.split, method.hold_out_share, method.seed)
+
+    async def _calibrate(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> None:
+        """Tells how the round's candidate scores the held-out images, unless it is told already.
+
+        Nothing of it is kept on disk: after a restart it is computed again. Where the folder has changed since, another
+        calibration comes of it, which the aggregator refuses if it has the first one; that one stands then.
+        """
+        wanted = event.round, candidate_items(event)
+        if wanted == self._calibrated:
+            return
+        if (self._calibration.round, self._calibration.items_sha256) != wanted:
+            self._calibration = await self._make_calibration(event, method, aggregator)
+        try:
+            await aggregator.rounds.Calibrate(self._calibration, timeout=self._settings.rpc_timeout_seconds)
+        except aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS):
+                raise
+            _log.warning("calibration_not_taken", round=event.round, reason=error.details())
+        else:
+            _log.info("calibration_accepted", round=event.round, images=sum(self._calibration.candidate.scores.counts))
+        self._calibrated = wanted
+
+    async def _make_calibration(
+        self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator
+    ) -> CalibrateRequest:
+        candidate = await self._download(event.candidate, aggregator)
+        base = await self._download(event.memory, aggregator) if event.HasField("memory") else None
+        _, held_out = await self._split(method, aggregator)
+        generator = self._load_generator() if method.generator else None
+        if method.generator and generator is None:
+            _log.warning("generator_missing", reason="the memory generator of this round is lost; nothing is scored")
+            held_out = None
+        with metrics.CALIBRATION_SECONDS.time():
+            said = await self._computing.run(
+                calibration_of, self._images.extractor, candidate, base, generator, held_out, self._computing.progress
+            )
+        said.federation, said.site = self._settings.federation, self._settings.site
+        said.instance, said.round, said.items_sha256 = self._state.instance, event.round, candidate_items(event)
+        return said
+
+    def _keep(self, update: LocalUpdate, event: WatchRoundsResponse, images: int, method: Method) -> Outcome:
         """Writes a round's outcome to disk."""
         bank = BankHeader(
             **self._identity,
-            round=round_number,
+            round=event.round,
             fingerprint=self._images.feature_space.fingerprint,
             images=images,
             arrays=self._store(bank_to_wire(update.bank, method.item_type)),
         )
-        generator = self._release(update.generator, round_number) if update.generator is not None else None
+        generator = self._release(update.generator, event.round) if update.generator is not None else None
         outcome = Outcome(bank, generator)
-        self._state.put(outcome)
+        self._state.put(outcome, event.memory.arrays)
         return outcome
 
     async def _upload(self, header: BankHeader, aggregator: _Aggregator) -> None:

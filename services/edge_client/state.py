@@ -73,14 +73,20 @@ class EdgeState:
             generator if generator.arrays and self._whole(generator.arrays) else None,
         )
 
-    def put(self, outcome: Outcome) -> None:
-        """Keeps what came of a round, all of it or nothing; its arrays are in the store already."""
+    def put(self, outcome: Outcome, base: Iterable[Array] = ()) -> None:
+        """Keeps what came of a round, all of it or nothing; its arrays are in the store already.
+
+        Args:
+            outcome: what came of it.
+            base: the global memory that the round started from, which is kept to compare its candidate with; of earlier
+                rounds nothing is.
+        """
         bank, generator = outcome.bank or BankHeader(instance=self.instance), outcome.generator or Release()
         file = io.BytesIO()
         serialize_length_prefixed(bank, file)
         serialize_length_prefixed(generator, file)
         write_record(self._outcome, file.getvalue())
-        self.arrays.keep_only({array.sha256 for array in (*bank.arrays, *generator.arrays)}, keep_parts=False)
+        self.arrays.keep_only({array.sha256 for array in (*bank.arrays, *generator.arrays, *base)}, keep_parts=False)
 
     def _whole(self, arrays: Iterable[Array]) -> bool:
         try:

@@ -17,7 +17,9 @@ from services.runtime.settings import ClientSettings
 FAREWELL_SECONDS = 0.5
 """Time that a stopping server gives its watchers to hear that it is not serving any more."""
 MAX_MESSAGE_BYTES = 2**20
-"""Largest message between services: chunks are half of it, and all else is smaller."""
+"""Largest request between services: chunks are half of it, and all else is smaller."""
+MAX_ANSWER_BYTES = 2**24
+"""Largest answer: a release holds what each site tells of its held-out images, at most 9 KiB of each of 1,000 sites."""
 
 CONNECTION_SECONDS = 20
 """Age at which a server has its callers connect anew; RPCs under way go on. A caller looks for servers only when it
@@ -39,7 +41,7 @@ SERVER_OPTIONS = [
 
 CHANNEL_OPTIONS = [
     *CONNECT_OPTIONS,
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
 ]
 
 

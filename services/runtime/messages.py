@@ -101,6 +101,11 @@ def generator_from_wire(space: FeatureSpace, arrays: Iterable[tuple[Array, bytes
     return generator.eval().requires_grad_(False)
 
 
+def candidate_items(state: federation_pb2.WatchRoundsResponse) -> bytes:
+    """What tells the candidate of a round from another one of it: SHA-256 of its items; empty for none."""
+    return next((array.sha256 for array in state.candidate.arrays if array.name == "items"), b"")
+
+
 def site_calibration_to_message(calibration: SiteCalibration) -> calibration_pb2.SiteCalibration:
     """The message that tells how a site's held-out images are scored."""
     return calibration_pb2.SiteCalibration(

@@ -36,7 +36,7 @@ MAX_ARRAY_BYTES = 2**30
 
 
 class Publisher(release_pb2_grpc.ReleaseServiceServicer):
-    """Serves the current release of each federation, and its arrays.
+    """Serves the current release of each federation, and the one in its shadow, with their arrays.
 
     Args:
         arrays: where the arrays are; others in it are not served.
@@ -47,19 +47,24 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
     def __init__(self, arrays: ArrayStore, roles: frozenset[Role], may_read: Callable[[Identity, str], bool]) -> None:
         self._arrays, self._roles, self._may_read = arrays, roles, may_read
         self._served: dict[str, frozenset[bytes]] = {}
-        self._current: dict[str, Release] = {}
+        self._current: dict[tuple[str, bool], Release] = {}
         self._changes = Changes()
 
     def publish(self, release: Release, others: Iterable[Release] = ()) -> None:
-        """Makes a release the current one of its federation; its arrays are in the store already.
+        """Makes a release the current one of its federation or, where it is one, the one in its shadow; its arrays are
+        in the store already.
 
         Args:
             release: the release.
-            others: earlier ones of the federation, whose arrays are served, too.
+            others: of the federation, whose arrays are served, too.
         """
-        served = {array.sha256 for each in (release, *others) for array in each.arrays}
-        self._served[release.federation] = frozenset(served)
-        self._current[release.federation] = release
+        self._current[release.federation, release.shadow] = release
+        self.serve(release.federation, others)
+
+    def serve(self, federation: str, others: Iterable[Release]) -> None:
+        """Serves the arrays of a federation's current releases and of these others, and of no more."""
+        current = (release for (name, _), release in self._current.items() if name == federation)
+        self._served[federation] = frozenset(array.sha256 for each in (*current, *others) for array in each.arrays)
         self._changes.notify()
 
     @property
@@ -79,15 +84,15 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         for federation in request.federations:
             if not self._readable(who, federation):
                 raise denied(f"the certificate is that of {who}, who may not read releases of {federation!r}")
-        sent: dict[str, Release] = {}
+        sent: dict[tuple[str, bool], Release] = {}
         while True:
-            for federation, release in sorted(self._current.items()):
+            for (federation, shadow), release in sorted(self._current.items(), key=lambda item: item[0]):
                 if request.federations and federation not in request.federations:
                     continue
                 if not self._readable(who, federation):
                     continue
-                if sent.get(federation) is not release:
-                    sent[federation] = release
+                if sent.get((federation, shadow)) is not release:
+                    sent[federation, shadow] = release
                     yield WatchReleasesResponse(release=release)
                     break
             else:

@@ -93,14 +93,14 @@ def wait(condition: Callable[[], bool], what: Callable[[], str]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def write_images(folder: Path) -> dict[str, Path]:
+def write_images(folder: Path, count: int = _IMAGES) -> dict[str, Path]:
     """A few images for each site; the folder of each."""
     write_products(folder / "all")
     folders = {}
     for site in SITES:
         folders[site] = folder / site
         folders[site].mkdir()
-        for path in sorted((folder / "all" / site / "train" / "good").iterdir())[:_IMAGES]:
+        for path in sorted((folder / "all" / site / "train" / "good").iterdir())[:count]:
             shutil.copy(path, folders[site])
     shutil.rmtree(folder / "all")
     return folders
@@ -186,6 +186,21 @@ class Trial:
             return self.done()
 
         wait(over, lambda: f"the end {when}{self.logs()}")
+
+    def wait_release(self, version: int) -> None:
+        """Waits until a round has made its release, active or not.
+
+        Raises:
+            PromiseBrokenError: it has not in time.
+        """
+
+        def made() -> bool:
+            try:
+                return version in self.status().releases
+            except grpc.RpcError:  # it has just been started
+                return False
+
+        wait(made, lambda: f"release {version}{self.logs()}")
 
     def restart_inference_afresh(self) -> None:
         """Ends the inference service, and starts one that knows nothing but the last releases."""
@@ -308,6 +323,8 @@ class ReleaseObserver:
                 with grpc.insecure_channel(self._address) as channel:
                     stub = ReleaseServiceStub(channel)
                     for response in stub.WatchReleases(WatchReleasesRequest(), timeout=0.5):
+                        if response.release.shadow:
+                            continue
                         version = response.release.version
                         if version < last:
                             self.broken.append(f"release {last} was published, then {version}")

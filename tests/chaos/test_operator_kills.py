@@ -10,7 +10,13 @@ import grpc
 import pytest
 
 from feddymem.v1.federation_pb2 import PHASE_OPEN, FederationStatus
-from feddymem.v1.operator_pb2 import STANDING_BANNED, ActivateReleaseRequest, RemoveSiteRequest, SetStandingRequest
+from feddymem.v1.operator_pb2 import (
+    STANDING_BANNED,
+    ActivateReleaseRequest,
+    RemoveSiteRequest,
+    SetStandingRequest,
+    ShadowReleaseRequest,
+)
 from feddymem.v1.operator_pb2_grpc import OperatorServiceStub
 from tests.chaos.cells import WHENS
 from tests.chaos.federation import SITES, Trial, wait, write_images
@@ -38,9 +44,14 @@ def activate(operator: OperatorServiceStub) -> object:
     return operator.ActivateRelease(ActivateReleaseRequest(federation="parts", version=1), timeout=SECONDS)
 
 
+def shadow(operator: OperatorServiceStub) -> object:
+    return operator.ShadowRelease(ShadowReleaseRequest(federation="parts", version=1), timeout=SECONDS)
+
+
 DECISIONS: dict[str, tuple[Say, Holds]] = {
     "put_standing": (ban, lambda status: STANDING_BANNED in {site.standing for site in status.sites}),
     "remove_site": (remove, lambda status: LAST not in {site.site for site in status.sites}),
+    "set_shadow": (shadow, lambda status: status.shadow_release == 1),
     "set_held": (activate, lambda status: status.release_held),
 }
 

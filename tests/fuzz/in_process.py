@@ -17,6 +17,8 @@ from feddymem.backbone import load_extractor
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
+from feddymem.v1.array_pb2 import Array
+from feddymem.v1.federation_pb2 import BankHeader
 from feddymem.v1.operator_pb2 import STANDING_JUDGED
 from feddymem.v1.release_pb2 import (
     RELEASE_KIND_GLOBAL_MEMORY,
@@ -29,7 +31,7 @@ from services.aggregator.federation import Federation
 from services.aggregator.operator_servicer import OperatorServicer
 from services.aggregator.servicer import FederationServicer
 from services.aggregator.settings import FederationSettings
-from services.aggregator.state import State
+from services.aggregator.state import AcceptedBank, Candidate, State
 from services.inference.batcher import Batcher
 from services.inference.inspector import Inspector
 from services.inference.open_inference import OpenInferenceServicer
@@ -45,12 +47,14 @@ from services.runtime.rpc import RpcBoundary
 from services.runtime.server import Service
 from tests.fuzz.seeds import (
     FEDERATION,
+    INSTANCE,
     ITEMS,
     OTHER_SITE,
     SITE,
     Call,
     Calls,
     aggregator_calls,
+    candidate_arrays,
     inference_calls,
     join_request,
 )
@@ -60,6 +64,8 @@ MAX_PIXELS = 1_000_000
 _INPUT_SIZE = 32
 _ANSWER_SECONDS = 20
 """Whoever has not answered by then hangs."""
+_NO_ARRAYS = [Array(name="items", sha256=bytes(32))]
+"""Of a candidate that nobody has said anything of."""
 _TURNS = 20
 """Of the event loop, after which a watch has said what it has to say."""
 
@@ -232,6 +238,7 @@ class InProcess:
         self._state = state
         self._federation = Federation(FEDERATION, settings, state, folder / "banks", store, publisher)
         federations = {FEDERATION: self._federation}
+        self._candidate = Candidate(_release(candidate_arrays(), store, FEDERATION), b"", 0)
         self.calls |= aggregator_calls([array.manifest.sha256 for array in arrays])
         self._set_right("/Join")
         return [FederationServicer(federations).service, OperatorServicer(federations).service, publisher.service]
@@ -267,8 +274,11 @@ class InProcess:
 
     def _set_right(self, path: str) -> None:
         """Undoes what an earlier call did: both sites are there, and have sent nothing."""
-        if not path.endswith(("/Join", "/UploadBank", "/WatchRounds", "/SetStanding", "/RemoveSite")):
+        changing = ("/Join", "/UploadBank", "/WatchRounds", "/SetStanding", "/RemoveSite", "/Calibrate")
+        if not path.endswith(changing):
             return
+        calibrating = path.endswith("/Calibrate")
+        self._federation.rounds._show_candidate(self._candidate if calibrating else None)
         shown = {site.site: site for site in self._federation.status().sites}
         for name in shown.keys() | {SITE, OTHER_SITE}:
             honest = name in {SITE, OTHER_SITE}
@@ -283,6 +293,10 @@ class InProcess:
             request = join_request(name)
             if joined is None or (joined.instance, joined.images) != (request.instance, request.images):
                 self._federation.join(request)
+        if calibrating:
+            header = BankHeader(federation=FEDERATION, site=SITE, instance=INSTANCE, round=1, images=10)
+            self._state.put_bank(AcceptedBank(header, 0))
+            self._state.put_candidate(Candidate(Release(federation=FEDERATION, version=1, arrays=_NO_ARRAYS), b"", 0))
 
 
 def _release(arrays: Sequence[WireArray], store: ArrayStore, federation: str) -> Release:

@@ -11,7 +11,14 @@ from grpc_reflection.v1alpha.reflection_pb2 import ExtensionRequest, ServerRefle
 
 from feddymem.openinference import open_inference_pb2 as oip
 from feddymem.v1.array_pb2 import ArrayChunk
-from feddymem.v1.federation_pb2 import BankHeader, GetStatusRequest, JoinRequest, UploadBankRequest, WatchRoundsRequest
+from feddymem.v1.federation_pb2 import (
+    BankHeader,
+    CalibrateRequest,
+    GetStatusRequest,
+    JoinRequest,
+    UploadBankRequest,
+    WatchRoundsRequest,
+)
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,
@@ -23,15 +30,17 @@ from feddymem.v1.operator_pb2 import (
     STANDING_ADMITTED,
     STANDING_BANNED,
     ActivateReleaseRequest,
+    GetReleaseRequest,
     ListReleasesRequest,
     RemoveSiteRequest,
     SetStandingRequest,
+    ShadowReleaseRequest,
 )
 from feddymem.v1.release_pb2 import DownloadArrayRequest, WatchReleasesRequest
 from services.runtime.arrays import WireArray, bank_to_wire, chunks
 from services.runtime.messages import feature_space_to_message
 from tests.feature_spaces import SPACE
-from tests.integration.fake_site import make_bank
+from tests.integration.fake_site import calibration_message, make_bank
 from tests.unit.encoded_images import BOMBS, LOSSLESS, SAMPLES, encode, random_values, smooth
 
 Call = Sequence[Message]
@@ -58,11 +67,16 @@ def aggregator_calls(arrays: Iterable[bytes]) -> Calls:
         f"{federation}/Join": [[join_request(SITE)]],
         f"{federation}/WatchRounds": [[WatchRoundsRequest(**named, instance=INSTANCE)]],
         f"{federation}/UploadBank": [_upload(ITEMS * SPACE.channels), _upload(_PIECE_BYTES)],
+        f"{federation}/Calibrate": [[calibrate_request([])], [calibrate_request([40.0, 41.0, 45.5, 45.6])]],
         f"{federation}/GetStatus": [[GetStatusRequest()], [GetStatusRequest(federation=FEDERATION)]],
         f"{operator}/ListReleases": [[ListReleasesRequest(federation=FEDERATION)]],
         f"{operator}/ActivateRelease": [
             [ActivateReleaseRequest(federation=FEDERATION, version=version, expected=expected)]
             for version, expected in ((0, None), (1, 0))
+        ],
+        f"{operator}/GetRelease": [[GetReleaseRequest(federation=FEDERATION, version=1)]],
+        f"{operator}/ShadowRelease": [
+            [ShadowReleaseRequest(federation=FEDERATION, version=version)] for version in (0, 1)
         ],
         f"{operator}/SetStanding": [
             [SetStandingRequest(**named, standing=standing)] for standing in (STANDING_ADMITTED, STANDING_BANNED)
@@ -112,6 +126,23 @@ def join_request(site: str) -> JoinRequest:
     """A site joins `FEDERATION`."""
     space = feature_space_to_message(SPACE)
     return JoinRequest(federation=FEDERATION, site=site, instance=INSTANCE, feature_space=space, images=10)
+
+
+def candidate_arrays() -> list[WireArray]:
+    """Of the candidate that `calibrate_request` is about."""
+    return bank_to_wire(make_bank(seed=2), "float16")
+
+
+def calibrate_request(scores: Sequence[float]) -> CalibrateRequest:
+    """`SITE` says how the candidate of the first round scores its held-out images."""
+    return CalibrateRequest(
+        federation=FEDERATION,
+        site=SITE,
+        instance=INSTANCE,
+        round=1,
+        items_sha256=candidate_arrays()[0].manifest.sha256,
+        candidate=calibration_message(scores),
+    )
 
 
 def _upload(piece_bytes: int) -> Call:

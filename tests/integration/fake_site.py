@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
 
+from feddymem.calibration import SiteCalibration
 from feddymem.feature_space import FeatureSpace
 from feddymem.memory import MemoryBank
 from feddymem.method import ItemType
+from feddymem.sketch import ScoreSketch
 from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
+from feddymem.v1.calibration_pb2 import SiteCalibration as SiteCalibrationMessage
 from feddymem.v1.federation_pb2 import (
+    PHASE_CALIBRATING,
     BankHeader,
+    CalibrateRequest,
     JoinRequest,
     Phase,
     UploadBankRequest,
@@ -24,7 +29,7 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsResponse,
 )
 from services.runtime.arrays import WireArray, bank_to_wire, chunks
-from services.runtime.messages import feature_space_to_message
+from services.runtime.messages import candidate_items, feature_space_to_message, site_calibration_to_message
 from tests.feature_spaces import SPACE
 
 TIMEOUT_SECONDS = 30
@@ -38,6 +43,12 @@ def make_bank(seed: int = 0, items: int = 20) -> MemoryBank:
         weights=rng.integers(1, 6, (items, 1)).astype(np.float32),
         spreads=rng.uniform(0, 1, items).astype(np.float32),
     )
+
+
+def calibration_message(scores: Iterable[float]) -> SiteCalibrationMessage:
+    """What a site tells of held-out images of these scores, which are also the peaks of their maps."""
+    sketch = ScoreSketch.of(scores)
+    return site_calibration_to_message(SiteCalibration(sketch, sketch))
 
 
 class FakeSite:
@@ -112,6 +123,35 @@ class FakeSite:
             yield from requests
 
         return list(self.rounds.UploadBank(stream(), timeout=TIMEOUT_SECONDS))
+
+    def calibration(
+        self, event: WatchRoundsResponse, scores: Sequence[float] = (), base: Sequence[float] | None = None
+    ) -> CalibrateRequest:
+        """What an honest edge client says of a candidate.
+
+        Args:
+            event: that told it of the candidate.
+            scores: of its held-out images.
+            base: the same with what the round started from, where there was something; None for the same scores.
+        """
+        before = scores if base is None else base
+        return CalibrateRequest(
+            federation=self.federation,
+            site=self.site,
+            instance=self.instance,
+            round=event.round,
+            items_sha256=candidate_items(event),
+            candidate=calibration_message(scores),
+            base=calibration_message(before) if event.HasField("memory") else None,
+        )
+
+    def calibrate(
+        self, scores: Sequence[float] = (), base: Sequence[float] | None = None, round_number: int = 1
+    ) -> CalibrateRequest:
+        """Waits for the candidate of a round, and says how it scores held-out images: see `calibration`."""
+        said = self.calibration(self.wait_for(PHASE_CALIBRATING, round_number), scores, base)
+        self.rounds.Calibrate(said, timeout=TIMEOUT_SECONDS)
+        return said
 
     def with_space(self, **changes: object) -> FakeSite:
         """The same site with another feature space."""

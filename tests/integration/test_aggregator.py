@@ -32,7 +32,14 @@ from tests.feature_spaces import SPACE
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
 
-METHOD = {"generator": True, "bank_items": 30, "memory_items": 32, "rounds": 2, "item_type": "float16"}
+METHOD = {
+    "generator": True,
+    "bank_items": 30,
+    "memory_items": 32,
+    "rounds": 2,
+    "item_type": "float16",
+    "hold_out_share": 0,
+}
 FEDERATIONS = [f"parts-{number:02}" for number in range(21)]
 
 
@@ -370,9 +377,7 @@ def test_killed_and_restarted_the_round_goes_on_where_it_was(
 
 def test_several_federations_do_not_mix(fleet: Fleet, tmp_path: Any) -> None:
     config = tmp_path / "two.yaml"
-    config.write_text(
-        "federations: {parts: {quorum: 1, method: {rounds: 1}}, scans: {quorum: 1, method: {rounds: 1}}}\n"
-    )
+    config.write_text("federations: {parts: &one {quorum: 1, method: {rounds: 1, hold_out_share: 0}}, scans: *one}\n")
     running = fleet.start("aggregator", "aggregator", "--config", str(config))
     with grpc.insecure_channel(running.grpc) as channel:
         parts = FakeSite(channel, "a")

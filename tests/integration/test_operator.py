@@ -28,7 +28,7 @@ from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
 from tests.integration.test_aggregator import current_release, download, refused
 
-METHOD = {"bank_items": 30, "memory_items": 100, "rounds": 9, "item_type": "float16"}
+METHOD = {"bank_items": 30, "memory_items": 100, "rounds": 9, "item_type": "float16", "hold_out_share": 0}
 
 
 def feddymem(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from tests.integration.fake_site import FakeSite, make_bank
 from tests.integration.test_aggregator import current_release
 from tests.integration.test_operator import feddymem, joined, operate, status
 
-METHOD = {"bank_items": 30, "memory_items": 200, "rounds": 9, "item_type": "float16"}
+METHOD = {"bank_items": 30, "memory_items": 200, "rounds": 9, "item_type": "float16", "hold_out_share": 0}
 NAMES = ("a", "b", "c", "d")
 
 

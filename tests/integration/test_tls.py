@@ -19,6 +19,7 @@ from feddymem.openinference import open_inference_pb2
 from feddymem.v1 import federation_pb2, inspection_pb2, operator_pb2, release_pb2
 from feddymem.v1.federation_pb2 import (
     BankHeader,
+    CalibrateRequest,
     GetStatusRequest,
     JoinRequest,
     UploadBankRequest,
@@ -63,9 +64,12 @@ ALLOWED = {
     ("aggregator", "Join"): {Role.SITE},
     ("aggregator", "WatchRounds"): {Role.SITE},
     ("aggregator", "UploadBank"): {Role.SITE},
+    ("aggregator", "Calibrate"): {Role.SITE},
     ("aggregator", "GetStatus"): {Role.SITE, Role.OPERATOR},
     ("aggregator", "ListReleases"): {Role.OPERATOR},
     ("aggregator", "ActivateRelease"): {Role.OPERATOR},
+    ("aggregator", "GetRelease"): {Role.OPERATOR},
+    ("aggregator", "ShadowRelease"): {Role.OPERATOR},
     ("aggregator", "SetStanding"): {Role.OPERATOR},
     ("aggregator", "RemoveSite"): {Role.OPERATOR},
     ("aggregator", "WatchReleases"): {Role.SITE, Role.INFERENCE, Role.OPERATOR},
@@ -202,6 +206,7 @@ def test_a_site_cannot_speak_for_another(secure: Secure) -> None:
         answers = [
             _denied(lambda: stub.Join(JoinRequest(**other, images=1), timeout=SECONDS)),
             _denied(stub.WatchRounds(WatchRoundsRequest(**other), timeout=SECONDS)),
+            _denied(lambda: stub.Calibrate(CalibrateRequest(**other), timeout=SECONDS)),
             _denied(stub.UploadBank(iter([UploadBankRequest(header=BankHeader(**other))]), timeout=SECONDS)),
         ]
     assert set(answers) == {f"the certificate is that of site '{HERE}', which cannot speak for site '{THERE}'"}
@@ -209,6 +214,7 @@ def test_a_site_cannot_speak_for_another(secure: Secure) -> None:
     tried = [line for line in audit if line["who"] == f"feddymem://site/{HERE}" and line["site"] == THERE]
     assert [(line["action"], line["result"]) for line in tried] == [
         ("join", "PERMISSION_DENIED"),
+        ("calibrate", "PERMISSION_DENIED"),
         ("upload_bank", "PERMISSION_DENIED"),
     ]
 
@@ -222,7 +228,15 @@ def test_who_may_not_change_anything_is_in_the_audit_log(secure: Secure) -> None
             )
     audit = [line for line in secure.log("aggregator") if line["event"] == "audit"]
     tried = [(line["action"], line["result"]) for line in audit if line["who"] == "feddymem://line/curious"]
-    actions = ("join", "upload_bank", "activate_release", "set_standing", "remove_site")
+    actions = (
+        "join",
+        "upload_bank",
+        "calibrate",
+        "activate_release",
+        "shadow_release",
+        "set_standing",
+        "remove_site",
+    )
     assert tried == [(action, "PERMISSION_DENIED") for action in actions]
 
 
@@ -230,7 +244,7 @@ def test_every_change_of_state_is_in_the_audit_log(secure: Secure) -> None:
     audit = [line for line in secure.log("aggregator") if line["event"] == "audit" and line["result"] == "OK"]
     for site in (HERE, THERE):
         done = [line["action"] for line in audit if line["who"] == f"feddymem://site/{site}"]
-        assert done == ["join", "upload_bank"]
+        assert done == ["join", "upload_bank", "calibrate"]
     assert all(line["federation"] == "bricks" and line["timestamp"] for line in audit)
 
 

@@ -70,7 +70,7 @@ def _round(opened: str = "0x200", banks: str = "2x200", phase: str = "open", rel
     """A round with a deadline of an hour and a quorum of two."""
     phases = {
         f'feddymem_federation_phase{{federation="parts",phase="{each}"}}': f"{int(each == phase)}x200"
-        for each in ("waiting", "open", "aggregating", "done")
+        for each in ("waiting", "open", "aggregating", "calibrating", "done")
     }
     return phases | {
         'feddymem_round_opened_timestamp_seconds{federation="parts"}': opened,
@@ -335,6 +335,15 @@ CASES = [
         labels=_SITE,
     ),
     Case("BankQuarantined", "nobody's", {_QUARANTINED: "0x60"}, "20m"),
+    Case(
+        "ReleaseFailedChecks",
+        "the newest one",
+        {'feddymem_release_withheld{federation="parts"}': "0x10 1x60"},
+        "20m",
+        "the newest release of parts has failed a check and is not active",
+        labels=_PARTS,
+    ),
+    Case("ReleaseFailedChecks", "none", {'feddymem_release_withheld{federation="parts"}': "0x60"}, "20m"),
     Case(
         "CertificateNearExpiry",
         "in three days",

@@ -118,3 +118,15 @@ def test_an_outcome_without_a_bank_is_the_edge_client_s_own_too(tmp_path: Path) 
     untrained = Outcome(generator=Release(arrays=arrays(state, 1)))
     state.put(untrained)
     assert claimed(tmp_path).last() == untrained
+
+
+def test_the_memory_that_a_round_started_from_is_kept_until_the_next_one(tmp_path: Path) -> None:
+    state = claimed(tmp_path)
+    base, candidate = arrays(state, 50), arrays(state, 51)
+    state.put(outcome(state), base)
+    assert all(array.sha256 in state.arrays for array in base)
+    assert not any(array.sha256 in state.arrays for array in candidate)
+    candidate = arrays(state, 51)
+    state.put(outcome(state, 2), candidate)
+    assert all(array.sha256 in state.arrays for array in candidate)
+    assert not any(array.sha256 in state.arrays for array in base)

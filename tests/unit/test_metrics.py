@@ -130,11 +130,11 @@ async def test_a_quarantine_is_shown_after_a_restart(tmp_path: Path) -> None:
 
 async def test_a_round_is_shown_with_what_it_is_measured_by(tmp_path: Path) -> None:
     def phases() -> dict[str, float | None]:
-        names = ("waiting", "open", "aggregating", "done")
+        names = ("waiting", "open", "aggregating", "calibrating", "done")
         return {name: value("feddymem_federation_phase", federation="round", phase=name) for name in names}
 
     with opened(tmp_path, "round") as federation:
-        assert phases() == {"waiting": 1, "open": 0, "aggregating": 0, "done": 0}
+        assert phases() == {"waiting": 1, "open": 0, "aggregating": 0, "calibrating": 0, "done": 0}
         assert value("feddymem_round_quorum_banks", federation="round") == 2
         assert value("feddymem_round_deadline_seconds", federation="round") == 60
         driven = asyncio.ensure_future(federation.rounds.run())

@@ -15,7 +15,18 @@ from grpc import aio
 from structlog.testing import capture_logs
 
 from feddymem.memory_reduce import no_progress
-from feddymem.v1.federation_pb2 import PHASE_OPEN, PHASE_WAITING, WatchRoundsRequest, WatchRoundsResponse
+from feddymem.method import Method
+from feddymem.v1.array_pb2 import Array
+from feddymem.v1.federation_pb2 import (
+    PHASE_CALIBRATING,
+    PHASE_OPEN,
+    PHASE_WAITING,
+    CalibrateRequest,
+    CalibrateResponse,
+    GlobalMemory,
+    WatchRoundsRequest,
+    WatchRoundsResponse,
+)
 from services.edge_client.computing import Computing
 from services.edge_client.images import SiteImages
 from services.edge_client.participant import Participant, _Aggregator
@@ -159,3 +170,86 @@ async def following(events: AsyncIterator[WatchRoundsResponse | None]) -> WatchR
         if event is not None:
             return event
     raise AssertionError("the stream of rounds ended")
+
+
+def candidate(items: bytes, number: int = 1) -> WatchRoundsResponse:
+    memory = GlobalMemory(version=number, arrays=[Array(name="items", sha256=items)])
+    return WatchRoundsResponse(phase=PHASE_CALIBRATING, round=number, candidate=memory)
+
+
+async def test_another_candidate_of_a_round_is_news(participant: Participant) -> None:
+    rounds = Rounds()
+    async with connected(rounds) as aggregator, aclosing(participant._events(aggregator)) as events:
+        for state in (candidate(b"1"), candidate(b"2")):
+            rounds.say(state)
+            assert await following(events) == state
+
+
+class Calibrated:
+    """An aggregator that takes calibrations, or answers with a status."""
+
+    def __init__(self) -> None:
+        self.said: list[CalibrateRequest] = []
+        self.answer: grpc.StatusCode | None = None
+        self.rounds = self
+
+    async def Calibrate(self, request: CalibrateRequest, timeout: float) -> CalibrateResponse:  # noqa: N802, ASYNC109
+        assert timeout > 0
+        self.said.append(request)
+        if self.answer is not None:
+            raise aio.AioRpcError(self.answer, aio.Metadata(), aio.Metadata(), details="no")
+        return CalibrateResponse()
+
+
+@pytest.fixture
+def made(participant: Participant, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Items of the candidates that were scored."""
+    scored: list[bytes] = []
+
+    async def make(event: WatchRoundsResponse, _method: Method, _aggregator: object) -> CalibrateRequest:
+        items = event.candidate.arrays[0].sha256
+        scored.append(items)
+        return CalibrateRequest(round=event.round, items_sha256=items)
+
+    monkeypatch.setattr(participant, "_make_calibration", make)
+    return scored
+
+
+async def calibrate(participant: Participant, aggregator: Calibrated, event: WatchRoundsResponse) -> None:
+    await participant._calibrate(event, Method(), cast("_Aggregator", aggregator))
+
+
+async def test_a_candidate_is_calibrated_once_and_another_one_again(
+    participant: Participant, made: list[bytes]
+) -> None:
+    aggregator = Calibrated()
+    for event in (candidate(b"1"), candidate(b"1"), candidate(b"2"), candidate(b"2", 2)):
+        await calibrate(participant, aggregator, event)
+    assert made == [b"1", b"2", b"2"]
+    assert [(said.round, said.items_sha256) for said in aggregator.said] == [(1, b"1"), (1, b"2"), (2, b"2")]
+
+
+async def test_after_a_broken_line_the_same_is_said_again_and_nothing_is_scored_anew(
+    participant: Participant, made: list[bytes]
+) -> None:
+    aggregator = Calibrated()
+    aggregator.answer = grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(aio.AioRpcError):
+        await calibrate(participant, aggregator, candidate(b"1"))
+    aggregator.answer = None
+    await calibrate(participant, aggregator, candidate(b"1"))
+    assert (made, len(aggregator.said)) == ([b"1"], 2)
+
+
+@pytest.mark.parametrize("answer", [grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.FAILED_PRECONDITION])
+async def test_a_calibration_that_is_not_taken_does_not_hold_the_site_up(
+    participant: Participant, made: list[bytes], answer: grpc.StatusCode
+) -> None:
+    """As where another one is accepted, made before a restart of images that have changed since."""
+    aggregator = Calibrated()
+    aggregator.answer = answer
+    with capture_logs() as logs:
+        for _ in range(2):
+            await calibrate(participant, aggregator, candidate(b"1"))
+    assert len(aggregator.said) == len(made) == 1
+    assert [entry["event"] for entry in logs] == ["calibration_not_taken"]

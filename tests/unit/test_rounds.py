@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from feddymem.federation import NextMemory
 from feddymem.method import Method
 from feddymem.outliers import Outlier
-from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, BankHeader, JoinRequest, UploadBankRequest
+from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN
 from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import rounds as module
@@ -26,11 +25,10 @@ from services.aggregator.settings import FederationSettings
 from services.aggregator.state import State
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import bank_to_wire, chunks
-from services.runtime.messages import feature_space_to_message
+from services.runtime.arrays import bank_to_wire
 from services.runtime.publisher import Publisher
-from tests.feature_spaces import SPACE
 from tests.integration.fake_site import make_bank
+from tests.unit.one_federation import join, opened, upload
 
 SITES = ("a", "b", "c")
 
@@ -53,47 +51,6 @@ class Slow:
 
     def go_on(self) -> None:
         self._go_on.set()
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[Federation]:
-    state, store = State(folder), ArrayStore(folder / "releases")
-    publisher = Publisher(store, frozenset(), lambda _who, _federation: True)
-    settings = FederationSettings(
-        quorum=2, method=Method(bank_items=30, memory_items=100, rounds=1, item_type="float16")
-    )
-    try:
-        yield Federation("parts", settings, state, folder / "banks", store, publisher)
-    finally:
-        state.close()
-
-
-def join(federation: Federation, site: str) -> None:
-    space = feature_space_to_message(SPACE)
-    federation.join(JoinRequest(federation="parts", site=site, instance=site, feature_space=space, images=10))
-
-
-async def upload(federation: Federation, site: str) -> None:
-    arrays = bank_to_wire(make_bank(ord(site)), "float16")
-    header = BankHeader(
-        federation="parts",
-        site=site,
-        instance=site,
-        round=1,
-        fingerprint=SPACE.fingerprint,
-        images=10,
-        arrays=[array.manifest for array in arrays],
-    )
-
-    async def stream() -> AsyncIterator[UploadBankRequest]:
-        for array in arrays:
-            for chunk in chunks(array.manifest.sha256, array.data):
-                yield UploadBankRequest(chunk=chunk)
-
-    assert not federation.check_header(header)
-    with federation.uploads.receiving(header):
-        await federation.uploads.receive(header, stream())
-        await federation.accept(header)
 
 
 @pytest.mark.parametrize(
