@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.v1 import operator_pb2_grpc
 from feddymem.v1.operator_pb2 import (
     ActivateReleaseRequest,
     ActivateReleaseResponse,
+    GetReleaseRequest,
+    GetReleaseResponse,
     ListReleasesRequest,
     ListReleasesResponse,
     RemoveSiteRequest,
     RemoveSiteResponse,
     SetStandingRequest,
     SetStandingResponse,
+    ShadowReleaseRequest,
+    ShadowReleaseResponse,
     Standing,
 )
 from services.aggregator.federation import Federation
 from services.aggregator.members import unknown_federation
 from services.runtime.audit import audited
+from services.runtime.errors import Refusal
 from services.runtime.identity import Role
 from services.runtime.server import Service
 
@@ -41,7 +47,9 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         return Service(
             "feddymem.v1.OperatorService",
             lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(self, server),
-            access=dict.fromkeys(("ListReleases", *_ACTIONS), frozenset({Role.OPERATOR})),
+            access=dict.fromkeys(
+                ("ListReleases", "GetRelease", "ShadowRelease", *_ACTIONS), frozenset({Role.OPERATOR})
+            ),
             audited=_ACTIONS,
         )
 
@@ -58,6 +66,16 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             previous = federation.releases.active
             federation.activate(request.version, expected)
         return ActivateReleaseResponse(version=federation.releases.active, previous=previous)
+
+    async def GetRelease(self, request: GetReleaseRequest, context: _Context) -> GetReleaseResponse:
+        """See operator.proto."""
+        # TODO(calagg)
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "releases are not shown yet")
+
+    async def ShadowRelease(self, request: ShadowReleaseRequest, context: _Context) -> ShadowReleaseResponse:
+        """See operator.proto."""
+        # TODO(calagg)
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "shadows are not cast yet")
 
     async def SetStanding(self, request: SetStandingRequest, context: _Context) -> SetStandingResponse:
         """See operator.proto."""

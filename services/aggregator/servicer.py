@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.v1 import federation_pb2_grpc
 from feddymem.v1.federation_pb2 import (
     ArrayOffset,
     BankAccepted,
+    CalibrateRequest,
+    CalibrateResponse,
     GetStatusRequest,
     GetStatusResponse,
     JoinRequest,
@@ -24,7 +27,7 @@ from feddymem.v1.federation_pb2 import (
 from services.aggregator.federation import Federation
 from services.aggregator.members import unknown_federation
 from services.runtime.audit import audited
-from services.runtime.errors import invalid
+from services.runtime.errors import Refusal, invalid
 from services.runtime.identity import Role, caller, require_site
 from services.runtime.messages import method_to_message
 from services.runtime.server import Service
@@ -43,7 +46,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             "feddymem.v1.FederationService",
             lambda server: federation_pb2_grpc.add_FederationServiceServicer_to_server(self, server),
             access={
-                **dict.fromkeys(("Join", "WatchRounds", "UploadBank"), frozenset({Role.SITE})),
+                **dict.fromkeys(("Join", "WatchRounds", "UploadBank", "Calibrate"), frozenset({Role.SITE})),
                 "GetStatus": frozenset({Role.SITE, Role.OPERATOR}),
             },
             audited={"Join": "join", "UploadBank": "upload_bank"},
@@ -97,6 +100,11 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                     await uploads.receive(header, request_iterator)
                     await federation.accept(header)
         yield UploadBankResponse(accepted=BankAccepted(received_bytes=uploads.received_bytes(header)))
+
+    async def Calibrate(self, request: CalibrateRequest, context: aio.ServicerContext[Any, Any]) -> CalibrateResponse:
+        """See federation.proto."""
+        # TODO(calagg)
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "calibration is not taken yet")
 
     async def GetStatus(self, request: GetStatusRequest, context: aio.ServicerContext[Any, Any]) -> GetStatusResponse:
         """See federation.proto. A site is shown its own federations, and of their sites itself."""
