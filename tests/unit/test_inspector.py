@@ -185,8 +185,11 @@ async def test_a_heatmap_has_the_colours_of_the_calibration_or_of_the_memory_wit
     core.registry.limits = calibrated({"north": NORMALS})
     found = await core.result(site="north", map_kind="png", pixel_threshold=1.0)
     assert found.png_map is not None
+    assert found.pixel_threshold == 1.0  # regions are by it, colours are not
+    peaks = core.registry.limits.of("north")
+    assert peaks is not None
     assert found.heat_scale.first == pytest.approx(3, abs=0.05)
-    assert (found.heat_scale.first + found.heat_scale.last) / 2 == pytest.approx(found.pixel_threshold, rel=1e-6)
+    assert (found.heat_scale.first + found.heat_scale.last) / 2 == pytest.approx(peaks.peaks.threshold, rel=1e-6)
     np.testing.assert_array_equal(decode(found.png_map), maps.coloured(pixels, found.heat_scale))
     core.registry.limits = None
     assert (await core.result(map_kind="png")).heat_scale == maps.HeatScale.of_memory(1.0)
