@@ -8,11 +8,12 @@ from pathlib import Path
 
 from grpc import aio
 
+from feddymem.calibration import Calibration
 from feddymem.feature_space import FeatureSpace
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR, Release
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import WireArray
-from services.runtime.messages import feature_space_to_message
+from services.runtime.messages import calibration_to_message, feature_space_to_message
 from services.runtime.publisher import Publisher
 
 
@@ -36,7 +37,13 @@ class Publishing:
         await self._server.start()
         return f"127.0.0.1:{port}"
 
-    def publish(self, version: int, arrays: list[WireArray], needs_generator: bool = False) -> None:
+    def publish(
+        self,
+        version: int,
+        arrays: list[WireArray],
+        needs_generator: bool = False,
+        calibration: Calibration | None = None,
+    ) -> None:
         """Publishes a version."""
         for array in arrays:
             self._arrays.put(array.manifest.sha256, array.data)
@@ -48,6 +55,7 @@ class Publishing:
             feature_space=feature_space_to_message(self._space),
             arrays=[array.manifest for array in arrays],
             needs_generator=needs_generator,
+            calibration=None if calibration is None else calibration_to_message(calibration),
         )
         self._loop.call_soon_threadsafe(self._publisher.publish, release)
 

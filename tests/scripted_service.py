@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import grpc
 
@@ -56,4 +57,10 @@ class _Servicer(InspectionServiceServicer):
         return answer
 
     def InspectStream(self, request_iterator: object, context: grpc.ServicerContext) -> Iterator[InspectStreamResponse]:  # noqa: N802
+        raise NotImplementedError
+
+    def ReportFeedback(self, request: object, context: object) -> NoReturn:  # noqa: N802
+        raise NotImplementedError
+
+    def GetInspectionStatus(self, request: object, context: object) -> NoReturn:  # noqa: N802
         raise NotImplementedError

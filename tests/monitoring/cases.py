@@ -101,6 +101,8 @@ def _memory(values: str, began: str = "0x180") -> Series:
 _PARTS = {"federation": "parts"}
 _SITE = {"federation": "parts", "site": "b"}
 _PRESENT, _QUARANTINED = (f'feddymem_site_{what}{{federation="parts",site="b"}}' for what in ("present", "quarantined"))
+_DRIFT = 'feddymem_drift{federation="parts",site="b"}'
+_BAND = {'feddymem_alarm_rate_highest_ratio{federation="parts"}': "0.15x120"}
 _EXPIRY = "feddymem_certificate_expiry_timestamp_seconds"
 _CONNECTED = 'feddymem_publishers_connected{role="aggregator"}'
 _DAY = 86_400
@@ -159,14 +161,35 @@ CASES = [
     Case(
         "AlarmRateOutOfBand",
         "half of all",
-        _verdicts("0+5x120", "0+5x120"),
+        _verdicts("0+5x120", "0+5x120") | _BAND,
         "90m",
         "SERVICE finds 50% of the images of parts anomalous",
         labels=_PARTS,
         target=SERVICE,
     ),
-    Case("AlarmRateOutOfBand", "every tenth", _verdicts("0+9x120", "0+1x120"), "90m"),
-    Case("AlarmRateOutOfBand", "half of few", _verdicts("0+0.5x120", "0+0.5x120"), "90m"),
+    Case("AlarmRateOutOfBand", "every tenth", _verdicts("0+9x120", "0+1x120") | _BAND, "90m"),
+    Case("AlarmRateOutOfBand", "half of few", _verdicts("0+0.5x120", "0+0.5x120") | _BAND, "90m"),
+    Case("AlarmRateOutOfBand", "without a calibration", _verdicts("0+5x120", "0+5x120"), "90m"),
+    Case(
+        "Drift",
+        "at one of two replicas",
+        {_DRIFT: "0x10 1x60", f"2:{_DRIFT}": "0x70"},
+        "20m",
+        "images of parts from site b are scored unlike those held out",
+        labels=_SITE,
+        target=SERVICE,
+    ),
+    Case(
+        "Drift",
+        "of a site that is not named",
+        {'feddymem_drift{federation="parts",site=""}': "1x60"},
+        "20m",
+        "images of parts from site that is not named are scored unlike those held out",
+        labels=_PARTS,
+        target=SERVICE,
+    ),
+    Case("Drift", "nobody's", {_DRIFT: "0x60"}, "20m"),
+    Case("Drift", "it was, and is over", {_DRIFT: "1x4 0x60"}, "20m"),
     Case(
         "ScoreDrift",
         "scores of 1.8 after a day of 1.5",

@@ -58,6 +58,13 @@ def fill() -> None:
             metrics.of_federation(name).count(1.5, 1.0, anomalous)
         metrics.RELEASE.labels(name).set(1)
         metrics.RELEASE_CREATED.labels(name).set(1.7e9)
+        metrics.HIGHEST_RATE.labels(name).set(0.15)
+        for agreement in ("same", "shadow_only", "active_only"):
+            metrics.SHADOW_VERDICTS.labels(name, agreement).inc()
+    for number in range(FEDERATIONS * 20):
+        line = metrics.of_line(f"federation-{number % FEDERATIONS}", f"site-{number}")
+        if line is not None:
+            line.drift.set(1)
     metrics.QUEUE_LIMIT.set(8)
     EXPIRY.set(1.8e9)
     files.DAMAGED.inc()

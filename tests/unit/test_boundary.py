@@ -83,12 +83,20 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
                     yield InspectStreamResponse(id="x" * 2**20)
             yield InspectStreamResponse(id=request.id)
 
+    async def ReportFeedback(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    async def GetInspectionStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
     @property
     def service(self) -> Service:
         return Service(
             INSPECTION[1:],
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
-            access=dict.fromkeys(("Inspect", "InspectStream"), frozenset({Role.LINE})),
+            access=dict.fromkeys(
+                ("Inspect", "InspectStream", "ReportFeedback", "GetInspectionStatus"), frozenset({Role.LINE})
+            ),
             audited={"Inspect": "inspect"},
             admissions={"Inspect": lambda context: self.begun.put_nowait(context.peer())},
         )

@@ -15,12 +15,16 @@ import pytest
 from PIL import Image
 
 from feddymem import maps, scoring
+from feddymem.calibration import Calibration, SiteCalibration, site_key
 from feddymem.image_data import EncodedImage, RawImage
-from feddymem.images import ImageError
+from feddymem.images import ImageError, decode
 from feddymem.maps import MapKind, Region, anomaly_map
+from feddymem.sketch import ScoreSketch
+from feddymem.verdicts import ReleaseLimits
 from services.inference import inspector as inspector_module
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Afterwards, Batcher, Scored
 from services.inference.inspector import Inspection, Inspector, Result
+from services.inference.lines import Lines
 from services.inference.registry import Active, Registry
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
@@ -38,13 +42,14 @@ Made = TypeVar("Made")
 class FakeRegistry:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
+        self.limits: ReleaseLimits | None = None
 
     def find(self, federation: str, site: str) -> Active:
         self.asked.append((federation, site))
         if federation == "moon":
             raise not_found("no such federation")
         scorer: Any = SimpleNamespace(extractor=SimpleNamespace(feature_space=SPACE), typical_distance=1.0)
-        return Active("parts", "", 7, 0, scorer)
+        return Active("parts", "", 7, 0, scorer, Lines("parts", self.limits))
 
 
 class FakeBatcher:
@@ -64,6 +69,7 @@ class FakeBatcher:
         finish: Callable[[Scored], Made],
         caller: str = "",
         seconds_left: float | None = None,
+        afterwards: Afterwards | None = None,
     ) -> Made:
         self.asked.append((image, caller, seconds_left))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -102,6 +108,108 @@ async def test_an_image_is_anomalous_from_the_threshold_on(
     result = await core.result(threshold=threshold)
     assert result.anomalous is anomalous
     assert result.score == SCORE
+
+
+def calibrated(sites: dict[str, list[float]], rate: float = 0.1) -> ReleaseLimits:
+    """Limits of images with these scores, and peaks of twice as much."""
+    keyed = {
+        site_key("parts", name): SiteCalibration(ScoreSketch.of(scores), ScoreSketch.of(2 * each for each in scores))
+        for name, scores in sites.items()
+    }
+    return ReleaseLimits("parts", Calibration.of(keyed, rate))
+
+
+NORMALS = list(np.linspace(1, 2, 40))
+
+
+async def test_a_calibrated_release_gives_a_verdict_and_what_it_rests_on(core: Core) -> None:
+    core.registry.limits = calibrated({"north": NORMALS})
+    found = await core.result(site="north")
+    assert found.anomalous is True
+    judgement = found.judgement
+    assert judgement is not None
+    assert judgement.p_value == 1 / 41
+    assert judgement.normalised is not None
+    assert judgement.normalised > 0.5
+    assert judgement.limit is not None
+    assert (judgement.limit.images, judgement.limit.basis) == (40, "site")
+    assert (found.regions, found.float_map, found.png_map) == ((), None, None)
+    core.registry.limits = calibrated({"north": [2 * each for each in NORMALS]})
+    assert (await core.result(site="north")).anomalous is False
+
+
+async def test_the_threshold_of_a_request_wins_and_so_does_its_rate(core: Core) -> None:
+    core.registry.limits = calibrated({"north": [*NORMALS, 2.6, 2.7]})
+    assert (await core.result(site="north")).anomalous is True
+    strict = await core.result(site="north", false_alarm_rate=0.03)
+    assert strict.anomalous is False
+    own = await core.result(site="north", threshold=2.4, false_alarm_rate=0.03)
+    assert own.anomalous is True
+    assert own.judgement is not None
+    assert strict.judgement is not None
+    assert (own.judgement.limit, own.judgement.p_value) == (None, strict.judgement.p_value)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
+async def test_a_rate_that_makes_no_sense_is_refused_before_anything_is_done(core: Core, rate: float) -> None:
+    with pytest.raises(Refusal, match=f"^false_alarm_rate is {rate}; expected a number above 0 and below 1") as caught:
+        await core.result(false_alarm_rate=rate)
+    assert caught.value.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert core.batcher.asked == []
+
+
+async def test_a_site_that_is_not_known_is_judged_by_all_sites(core: Core) -> None:
+    core.registry.limits = calibrated({"north": NORMALS, "south": [10 * each for each in NORMALS]})
+    found = await core.result(site="somebody")
+    assert found.anomalous is False
+    assert found.judgement is not None
+    assert found.judgement.limit is not None
+    assert (found.judgement.limit.basis, found.judgement.limit.images) == ("federation", 80)
+
+
+async def test_regions_are_by_the_calibrated_threshold_if_they_are_asked_for_without_one(core: Core) -> None:
+    core.registry.limits = calibrated({"north": NORMALS})
+    found = await core.result(site="north", regions=True)
+    pixels = anomaly_map(DISTANCES, (SPACE.input_size, SPACE.input_size))
+    assert found.pixel_threshold is not None
+    assert 3.8 < found.pixel_threshold < 3.9
+    assert found.regions == maps.regions(pixels, found.pixel_threshold, (HEIGHT, WIDTH)) != ()
+    assert (await core.result(site="north", regions=True, pixel_threshold=9.1)).regions == ()
+    core.registry.limits = None
+    nothing = await core.result(site="north", regions=True)
+    assert (nothing.regions, nothing.pixel_threshold) == ((), None)
+
+
+async def test_a_heatmap_has_the_colours_of_the_calibration_or_of_the_memory_without_one(core: Core) -> None:
+    pixels = anomaly_map(DISTANCES, (HEIGHT, WIDTH))
+    core.registry.limits = calibrated({"north": NORMALS})
+    found = await core.result(site="north", map_kind="png", pixel_threshold=1.0)
+    assert found.png_map is not None
+    assert found.pixel_threshold == 1.0  # regions are by it, colours are not
+    peaks = core.registry.limits.of("north")
+    assert peaks is not None
+    assert found.heat_scale.first == pytest.approx(3, abs=0.05)
+    assert (found.heat_scale.first + found.heat_scale.last) / 2 == pytest.approx(peaks.peaks.threshold, rel=1e-6)
+    np.testing.assert_array_equal(decode(found.png_map), maps.coloured(pixels, found.heat_scale))
+    core.registry.limits = None
+    assert (await core.result(map_kind="png")).heat_scale == maps.HeatScale.of_memory(1.0)
+
+
+@pytest.mark.parametrize(
+    ("normals", "anomalous", "rate"),
+    [([1.0] * 40, True, 0.097), ([2.5] * 40, False, 0.097), ([1.0], True, 0.5), ([2.5], False, 0.5), ([], None, None)],
+    ids=["all equal", "all equal to it", "one image", "one image like it", "none at all"],
+)
+async def test_few_or_equal_held_out_images_give_sane_answers(
+    core: Core, normals: list[float], anomalous: bool | None, rate: float | None
+) -> None:
+    core.registry.limits = calibrated({"north": normals})
+    found = await core.result(site="north", regions=True, map_kind="png")
+    assert found.anomalous is anomalous
+    assert (found.judgement is None) == (anomalous is None)
+    if found.judgement is not None:
+        assert found.judgement.limit is not None
+        assert found.judgement.limit.rate == pytest.approx(rate, abs=0.002)
 
 
 @pytest.mark.parametrize("name", ["threshold", "pixel_threshold"])

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from feddymem.backbone import load_extractor
+from feddymem.calibration import Calibration, SiteCalibration, site_key
+from feddymem.memory import MemoryBank
+from feddymem.sketch import ScoreSketch
+from feddymem.v1.calibration_pb2 import Calibration as CalibrationMessage
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Release
 from services.inference.registry import Registry
 from services.inference.release_store import ReleaseStore
 from services.inference.settings import InferenceSettings
 from services.runtime.arrays import bank_to_wire, chunks
 from services.runtime.errors import Refusal
-from services.runtime.messages import feature_space_to_message
+from services.runtime.messages import calibration_to_message, feature_space_to_message
 from tests.feature_spaces import SPACE
 from tests.integration.fake_site import make_bank
 
@@ -158,3 +166,129 @@ async def test_parts_of_arrays_that_nobody_goes_on_with_are_removed_at_the_next_
     [kept] = store.load()
     assert store.arrays.held_bytes(array.manifest) == 0
     assert all(manifest.sha256 in store.arrays for manifest in kept.release.arrays)
+
+
+CALIBRATION = calibration_to_message(
+    Calibration.of({site_key("parts", "north"): SiteCalibration(*[ScoreSketch.of([3.0, 4.0, 5.0])] * 2)}, 0.05)
+)
+
+
+async def scoring(folder: Path) -> Registry:
+    """A registry with a calibrated release that scores."""
+    started = small_registry(folder)
+    await started.receive(small_release(started, 3, calibration=CALIBRATION))
+    return started
+
+
+def small_registry(folder: Path) -> Registry:
+    return Registry(InferenceSettings(aggregator="127.0.0.1:1", state_dir=folder, device="cpu"))
+
+
+def small_release(registry: Registry, version: int, seed: int = 0, **fields: Any) -> Release:
+    """A release of the embedded backbone at a small size, whose arrays are in the store."""
+    space = load_extractor(input_size=32, device="cpu").feature_space
+    items = np.random.default_rng(seed).normal(size=(20, space.channels)).astype(np.float32)
+    arrays = bank_to_wire(MemoryBank(items, np.ones((20, 1), np.float32), np.ones(20, np.float32)), "float16")
+    for array in arrays:
+        registry.arrays.put(array.manifest.sha256, array.data)
+    return Release(
+        federation="parts",
+        version=version,
+        kind=RELEASE_KIND_GLOBAL_MEMORY,
+        feature_space=feature_space_to_message(space),
+        arrays=[array.manifest for array in arrays],
+        **fields,
+    )
+
+
+async def test_a_release_comes_with_what_its_calibration_says_and_has_it_after_a_restart(tmp_path: Path) -> None:
+    started = await scoring(tmp_path)
+    for each in (started, small_registry(tmp_path)):
+        await each.load()
+        limits = each.find("parts", "north").limits("north")
+        assert limits is not None
+        assert (limits.scores.images, limits.scores.rate) == (3, 0.25)
+
+
+async def test_a_release_without_a_calibration_scores_as_before(tmp_path: Path) -> None:
+    started = small_registry(tmp_path)
+    await started.receive(small_release(started, 3))
+    again = small_registry(tmp_path)
+    await again.load()
+    assert again.find("parts", "north").limits("north") is None
+
+
+def broken_calibrations() -> Iterator[CalibrationMessage]:
+    for damage in (
+        lambda message: message.sites[0].calibration.scores.levels.append(-7),
+        lambda message: message.sites[0].calibration.peaks.counts.pop(),
+        lambda message: message.sites[0].calibration.peaks.counts.__setitem__(0, 2),
+        lambda message: setattr(message, "false_alarm_rate", 0.0),
+        lambda message: setattr(message, "false_alarm_rate", float("nan")),
+    ):
+        message = CalibrationMessage.FromString(CALIBRATION.SerializeToString())
+        damage(message)
+        yield message
+
+
+@pytest.mark.parametrize("broken", list(broken_calibrations()))
+async def test_a_release_with_a_calibration_that_no_sites_make_is_refused(
+    tmp_path: Path, broken: CalibrationMessage
+) -> None:
+    started = await scoring(tmp_path)
+    for shadow in (False, True):
+        with pytest.raises(Refusal, match="calibration"):
+            await started.receive(small_release(started, 4, calibration=broken, shadow=shadow))
+        assert started.find("parts", "").release == 3
+
+
+async def test_a_shadow_is_beside_the_active_release_until_it_ends_and_is_not_on_disk(tmp_path: Path) -> None:
+    started = await scoring(tmp_path)
+    shadow = small_release(started, 2, seed=1, calibration=CALIBRATION, shadow=True)
+    await started.receive(shadow)
+    active = started.find("parts", "north")
+    assert active.release == 3
+    assert active.lines.shadow is not None
+    assert active.lines.shadow.release == 2
+    assert active.lines.shadow.scorer("") is not active.scorer
+    [items] = [array for array in shadow.arrays if array.name == "items"]
+    assert items.sha256 not in started.arrays
+    assert len(list((tmp_path / "releases").glob("*.binpb"))) == 1
+    again = small_registry(tmp_path)
+    await again.load()
+    assert again.find("parts", "north").lines.shadow is None
+
+    await started.receive(small_release(started, 5, seed=2, calibration=CALIBRATION))
+    newer = started.find("parts", "north")
+    assert newer.release == 5
+    assert newer.lines.shadow is not None
+    assert newer.lines.shadow.release == 2
+    await started.receive(Release(federation="parts", kind=RELEASE_KIND_GLOBAL_MEMORY, shadow=True))
+    assert newer.lines.shadow is None
+
+
+async def test_a_shadow_that_is_also_active_leaves_its_arrays_where_they_are(tmp_path: Path) -> None:
+    started = await scoring(tmp_path)
+    await started.receive(small_release(started, 3, calibration=CALIBRATION, shadow=True))
+    again = small_registry(tmp_path)
+    await again.load()
+    assert again.find("parts", "").release == 3
+
+
+async def test_a_shadow_that_comes_first_waits_for_a_release(tmp_path: Path) -> None:
+    started = small_registry(tmp_path)
+    await started.receive(small_release(started, 2, seed=1, calibration=CALIBRATION, shadow=True))
+    assert not started.ready
+    await started.receive(small_release(started, 3, calibration=CALIBRATION))
+    active = started.find("parts", "")
+    assert active.release == 3
+    assert active.lines.shadow is not None
+
+
+async def test_lines_are_the_same_while_the_release_is(tmp_path: Path) -> None:
+    started = await scoring(tmp_path)
+    lines = started.find("parts", "").lines
+    await started.receive(small_release(started, 3, calibration=CALIBRATION))
+    assert started.find("parts", "").lines is lines
+    await started.receive(small_release(started, 4, calibration=CALIBRATION))
+    assert started.find("parts", "").lines is not lines
