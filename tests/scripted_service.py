@@ -7,10 +7,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
-from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamResponse
+from feddymem.v1.inspection_pb2 import (
+    InspectRequest,
+    InspectResponse,
+    InspectStreamResponse,
+    ReportFeedbackRequest,
+    ReportFeedbackResponse,
+)
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceServicer, add_InspectionServiceServicer_to_server
 
 Answer = Callable[[InspectRequest], InspectResponse | grpc.StatusCode]
@@ -24,10 +31,12 @@ class ScriptedService:
     Attributes:
         address: HOST:PORT.
         requests: what has arrived, every attempt.
+        reports: feedback that has arrived; each is answered with `kept`.
     """
 
     address: str
     requests: list[InspectRequest] = field(default_factory=list)
+    reports: list[ReportFeedbackRequest] = field(default_factory=list)
 
 
 @contextmanager
@@ -56,4 +65,15 @@ class _Servicer(InspectionServiceServicer):
         return answer
 
     def InspectStream(self, request_iterator: object, context: grpc.ServicerContext) -> Iterator[InspectStreamResponse]:  # noqa: N802
+        raise NotImplementedError
+
+    def ReportFeedback(self, request: ReportFeedbackRequest, context: grpc.ServicerContext) -> ReportFeedbackResponse:  # noqa: N802
+        with self._lock:
+            self._service.reports.append(request)
+        answer = self._answer(InspectRequest(encoded=request.encoded))
+        if isinstance(answer, grpc.StatusCode):
+            context.abort(answer, "as told")
+        return ReportFeedbackResponse(image="kept")
+
+    def GetInspectionStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError

@@ -40,6 +40,28 @@ def as_library_image(image: Image) -> EncodedImage | RawImage:
     raise TypeError(f"cannot inspect {type(image).__name__}; expected bytes, a path, a numpy array or a PIL image")
 
 
+def as_file(image: Image) -> bytes:
+    """An image as an image file: files and bytes as they are, pixels as PNG, which loses nothing.
+
+    Raises:
+        InvalidRequestError: a file cannot be read, or pixels have a form that has no meaning as an image.
+        TypeError: not an image at all.
+    """
+    sent = as_library_image(image)
+    if isinstance(sent, EncodedImage):
+        return sent.data
+    # Imported here: OpenCV takes its time, and a program that only inspects needs it not.
+    import cv2
+
+    depth = np.dtype(np.uint8) if sent.bits == 8 else np.dtype("<u2")
+    pixels = np.frombuffer(sent.data, depth).reshape(sent.height, sent.width, sent.channels)
+    if sent.channels > 1:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if sent.channels == 3 else cv2.COLOR_RGBA2BGRA)
+    if not pixels.size:
+        raise _invalid(f"image of {sent.height} x {sent.width} pixels; both sides must be at least 1")
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.v1 import operator_pb2_grpc
@@ -21,6 +22,7 @@ from feddymem.v1.operator_pb2 import (
 from services.aggregator.federation import Federation
 from services.aggregator.members import unknown_federation
 from services.runtime.audit import audited
+from services.runtime.errors import Refusal
 from services.runtime.identity import Role
 from services.runtime.server import Service
 
@@ -71,6 +73,14 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         with audited(context, "remove_site", request.federation, request.site):
             self._federation(request.federation).remove(request.site)
         return RemoveSiteResponse()
+
+    async def GetRelease(self, _request: Any, _context: _Context) -> Any:  # noqa: ANN401 - TODO(calagg)
+        """Not yet."""
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "not yet")
+
+    async def ShadowRelease(self, _request: Any, _context: _Context) -> Any:  # noqa: ANN401 - TODO(calagg)
+        """Not yet."""
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "not yet")
 
     def _federation(self, name: str) -> Federation:
         try:

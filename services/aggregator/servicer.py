@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.v1 import federation_pb2_grpc
@@ -24,7 +25,7 @@ from feddymem.v1.federation_pb2 import (
 from services.aggregator.federation import Federation
 from services.aggregator.members import unknown_federation
 from services.runtime.audit import audited
-from services.runtime.errors import invalid
+from services.runtime.errors import Refusal, invalid
 from services.runtime.identity import Role, caller, require_site
 from services.runtime.messages import method_to_message
 from services.runtime.server import Service
@@ -107,6 +108,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if request.federation and not shown:
             raise unknown_federation(request.federation, site)
         return GetStatusResponse(federations=[federation.status(site) for federation in shown])
+
+    async def Calibrate(self, _request: Any, _context: Any) -> Any:  # noqa: ANN401 - TODO(calagg)
+        """Not yet."""
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "not yet")
 
     def _federation(self, name: str, site: str | None = None) -> Federation:
         try:

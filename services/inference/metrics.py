@@ -53,6 +53,7 @@ SCORE = Histogram(
     buckets=(1.2, 1.4, 1.6, 1.8, 2.2),
 )
 VERDICTS = Counter("feddymem_verdicts_total", "Verdicts: normal or anomalous.", ["federation", "verdict"])
+FEEDBACK = Counter("feddymem_feedback_reports_total", "Feedback that an edge client has kept, by opinion.", ["opinion"])
 RELEASE = Gauge("feddymem_serving_release_version", "Version of the release that scores.", ["federation"])
 RELEASE_CREATED = Gauge(
     "feddymem_serving_release_timestamp_seconds", "When the release that scores was made.", ["federation"]

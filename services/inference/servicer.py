@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.image_data import EncodedImage, RawImage
@@ -26,8 +27,11 @@ from feddymem.v1.inspection_pb2 import (
     InspectStreamResponse,
     MapFormat,
     Region,
+    ReportFeedbackRequest,
+    ReportFeedbackResponse,
 )
 from services.inference.access import CALLERS
+from services.inference.feedback import FeedbackForwarder
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.outcomes import counted
 from services.inference.streams import answer_stream
@@ -43,10 +47,10 @@ _Context = aio.ServicerContext[Any, Any]
 
 
 class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
-    """Serves inspections."""
+    """Serves inspections, and takes what people say of them."""
 
-    def __init__(self, inspector: Inspector) -> None:
-        self._inspector = inspector
+    def __init__(self, inspector: Inspector, feedback: FeedbackForwarder) -> None:
+        self._inspector, self._feedback = inspector, feedback
 
     @property
     def service(self) -> Service:
@@ -54,7 +58,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         return Service(
             "feddymem.v1.InspectionService",
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
-            access=dict.fromkeys(("Inspect", "InspectStream"), CALLERS),
+            access=dict.fromkeys(("Inspect", "InspectStream", "ReportFeedback"), CALLERS),
             admissions={"Inspect": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
         )
 
@@ -73,6 +77,14 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             )
 
         return answer_stream(request_iterator, answer, _refused)
+
+    async def ReportFeedback(self, request: ReportFeedbackRequest, _context: _Context) -> ReportFeedbackResponse:
+        """See inspection.proto."""
+        return ReportFeedbackResponse(image=await self._feedback.report(request))
+
+    async def GetInspectionStatus(self, _request: Any, _context: _Context) -> Any:  # noqa: ANN401 - TODO(calinf)
+        """Not yet."""
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "not yet")
 
     async def _inspect(self, request: InspectRequest, context: _Context, patient: bool) -> InspectResponse:
         with counted() as ending:

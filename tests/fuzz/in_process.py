@@ -31,6 +31,7 @@ from services.aggregator.servicer import FederationServicer
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import State
 from services.inference.batcher import Batcher
+from services.inference.feedback import FeedbackForwarder
 from services.inference.inspector import Inspector
 from services.inference.open_inference import OpenInferenceServicer
 from services.inference.registry import Registry
@@ -263,7 +264,10 @@ class InProcess:
         self._batcher.start()
         inspector = Inspector(registry, self._batcher)
         self.calls |= inference_calls()
-        return [InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service]
+        return [
+            InspectionServicer(inspector, FeedbackForwarder(settings)).service,
+            OpenInferenceServicer(inspector, registry).service,
+        ]
 
     def _set_right(self, path: str) -> None:
         """Undoes what an earlier call did: both sites are there, and have sent nothing."""

@@ -83,6 +83,12 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
                     yield InspectStreamResponse(id="x" * 2**20)
             yield InspectStreamResponse(id=request.id)
 
+    def ReportFeedback(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    def GetInspectionStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
     @property
     def service(self) -> Service:
         return Service(

@@ -41,6 +41,12 @@ class Showing(InspectionServiceServicer):
     def InspectStream(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 
+    def ReportFeedback(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    def GetInspectionStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
 
 def serial(folder: Path) -> int:
     return x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes()).serial_number
