@@ -53,8 +53,8 @@ def as_file(image: Image) -> bytes:
     # Imported here: OpenCV takes its time, and a program that only inspects needs it not.
     import cv2
 
-    depth = np.dtype(np.uint8) if sent.bits == 8 else np.dtype("<u2")
-    pixels = np.frombuffer(sent.data, depth).reshape(sent.height, sent.width, sent.channels)
+    depth: np.dtype[Any] = np.dtype(np.uint8) if sent.bits == 8 else np.dtype("<u2")
+    pixels: NDArray[Any] = np.frombuffer(sent.data, depth).reshape(sent.height, sent.width, sent.channels)
     if sent.channels > 1:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if sent.channels == 3 else cv2.COLOR_RGBA2BGRA)
     if not pixels.size:

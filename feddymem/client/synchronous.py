@@ -91,7 +91,7 @@ class InspectionClient:
         """Reports what was wrong with a verdict: a false alarm or a bad part.
 
         The image goes to the site's own edge client, where it stays; a false alarm enters the site's bank once an
-        operator of the site has accepted it. The last opinion of an image counts, and the same one may be reported again.
+        operator of the site has accepted it. The last opinion of an image counts; the same one may be reported again.
 
         Args:
             image: as it was inspected; pixels are sent as PNG.
