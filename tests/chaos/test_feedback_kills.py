@@ -1,4 +1,4 @@
-"""An edge client dies while it keeps feedback or a decision: that is kept whole or not at all, and can be said again."""
+"""An edge client dies while it keeps feedback or a decision: it is kept whole or not at all, and can be said again."""
 
 from __future__ import annotations
 
