@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import cv2
 import grpc
 import numpy as np
 import PIL.Image
@@ -50,15 +51,12 @@ def as_file(image: Image) -> bytes:
     sent = as_library_image(image)
     if isinstance(sent, EncodedImage):
         return sent.data
-    # Imported here: OpenCV takes its time, and a program that only inspects needs it not.
-    import cv2
-
     depth: np.dtype[Any] = np.dtype(np.uint8) if sent.bits == 8 else np.dtype("<u2")
     pixels: NDArray[Any] = np.frombuffer(sent.data, depth).reshape(sent.height, sent.width, sent.channels)
-    if sent.channels > 1:
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if sent.channels == 3 else cv2.COLOR_RGBA2BGRA)
     if not pixels.size:
         raise _invalid(f"image of {sent.height} x {sent.width} pixels; both sides must be at least 1")
+    if sent.channels > 1:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if sent.channels == 3 else cv2.COLOR_RGBA2BGRA)
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 

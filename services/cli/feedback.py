@@ -32,7 +32,7 @@ _EDGE_CLIENT: Final = "127.0.0.1:7071"
 _OPTIONS = [("grpc.max_receive_message_length", 16 * 2**20)]
 """As many notes as are kept may be more than the 4 MiB that gRPC takes by default."""
 _NAME_SHOWN = 12
-"""Characters of an image's SHA-256: no two of those that are kept begin alike."""
+"""Characters of an image's SHA-256: more than the 6 that are needed, and that no two begin with by chance."""
 
 feedback = typer.Typer(
     help="Report false alarms and bad parts; decide which false alarms a site learns. With TLS, the latter is for the "
