@@ -97,7 +97,8 @@ def edge_client_calls(arrays: Iterable[bytes]) -> Calls:
 
 def feedback_calls() -> Calls:
     """What an edge client of federation `parts` and site `dim-hall` is told of verdicts."""
-    service, named = "/feddymem.v1.FeedbackService", {"federation": "parts", "site": "dim-hall"}
+    service = "/feddymem.v1.FeedbackService"
+    named: dict[str, Any] = {"federation": "parts", "site": "dim-hall"}
     images = [hashlib.sha256(file).hexdigest() for file in image_files()]
     return {
         f"{service}/GetFeedbackOwner": [[GetFeedbackOwnerRequest()]],

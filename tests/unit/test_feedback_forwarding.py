@@ -170,7 +170,13 @@ async def test_no_more_images_are_held_at_once_than_was_said(tmp_path: Path) -> 
 )
 async def test_what_is_no_feedback_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     edge = EdgeClient("parts", "a")
-    said = {"federation": "parts", "site": "a", "encoded": b"x", "opinion": OPINION_FALSE_ALARM, **changes}
+    said: dict[str, Any] = {
+        "federation": "parts",
+        "site": "a",
+        "encoded": b"x",
+        "opinion": OPINION_FALSE_ALARM,
+        **changes,
+    }
     async with forwarder(tmp_path, edge) as forward:
         status, told = await refused(forward, ReportFeedbackRequest(**said))
         assert (status, text in told) == (grpc.StatusCode.INVALID_ARGUMENT, True)
