@@ -82,8 +82,15 @@ class FeatureCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._held = 0 if limit_bytes is None else sum(size for _, size, _ in self._files())
 
-    def extract(self, paths: Sequence[Path], progress: Progress = no_progress) -> Extraction:
+    def extract(
+        self, paths: Sequence[Path], progress: Progress = no_progress, never_held_out: Iterable[Path] = ()
+    ) -> Extraction:
         """Features of those files that can be read; looks at each file, and reads it again where it has changed.
+
+        Args:
+            paths: the image files.
+            progress: is told how far it is.
+            never_held_out: those of them that are in a bank in any case, see `CachedPatches.split`.
 
         Raises:
             DatasetError: not one of the files could be read.
@@ -103,7 +110,8 @@ class FeatureCache:
         readable = [path for path in paths if path not in skipped]
         if not readable:
             raise DatasetError(f"none of the {len(paths)} images could be read; the first: {skipped[paths[0]]}")
-        return Extraction(CachedPatches(self, readable), extracted, tuple(skipped.values()))
+        patches = CachedPatches(self, readable, set(never_held_out) - skipped.keys())
+        return Extraction(patches, extracted, tuple(skipped.values()))
 
     def features(self, paths: Sequence[Path]) -> Tensor:
         """(n, patches, channels) float32 of n image files, extracted where they are not in the folder.
@@ -223,17 +231,27 @@ class FeatureCache:
 
 
 class CachedPatches:
-    """Patch features of image files as a PatchSource, read from a cache block by block."""
+    """Patch features of image files as a PatchSource, read from a cache block by block.
 
-    def __init__(self, cache: FeatureCache, paths: Sequence[Path]) -> None:
+    Args:
+        cache: has the features, or extracts them.
+        paths: the image files.
+        never_held_out: those of them that `split` leaves in the bank.
+    """
+
+    def __init__(self, cache: FeatureCache, paths: Sequence[Path], never_held_out: Iterable[Path] = ()) -> None:
         space = cache.extractor.feature_space
-        self._cache, self.paths = cache, tuple(paths)
+        self._cache, self.paths, self._never_held_out = cache, tuple(paths), frozenset(never_held_out)
         self.images, self.patches_per_image, self.channels = len(paths), space.patches, space.channels
 
     def split(self, share: float, seed: int) -> tuple[CachedPatches, CachedPatches | None]:
-        """Those of the images that make the bank, and those that are held out; None for none. See `held_out`."""
+        """Those of the images that make the bank, and those that are held out; None for none. See `held_out`.
+
+        The share is of the images that may be held out.
+        """
         names = {path: self._cache.name(path) for path in self.paths}
-        chosen = held_out(list(names.values()), share, seed)
+        always_in_bank = {names[path] for path in self._never_held_out}
+        chosen = held_out([name for name in names.values() if name not in always_in_bank], share, seed)
         bank = [path for path in self.paths if names[path] not in chosen]
         held = [path for path in self.paths if names[path] in chosen]
         return CachedPatches(self._cache, bank), CachedPatches(self._cache, held) if held else None

@@ -11,7 +11,13 @@ from typing import NoReturn
 
 import grpc
 
-from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamResponse
+from feddymem.v1.inspection_pb2 import (
+    InspectRequest,
+    InspectResponse,
+    InspectStreamResponse,
+    ReportFeedbackRequest,
+    ReportFeedbackResponse,
+)
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceServicer, add_InspectionServiceServicer_to_server
 
 Answer = Callable[[InspectRequest], InspectResponse | grpc.StatusCode]
@@ -25,10 +31,12 @@ class ScriptedService:
     Attributes:
         address: HOST:PORT.
         requests: what has arrived, every attempt.
+        reports: feedback that has arrived; each is answered with `kept`.
     """
 
     address: str
     requests: list[InspectRequest] = field(default_factory=list)
+    reports: list[ReportFeedbackRequest] = field(default_factory=list)
 
 
 @contextmanager
@@ -59,8 +67,13 @@ class _Servicer(InspectionServiceServicer):
     def InspectStream(self, request_iterator: object, context: grpc.ServicerContext) -> Iterator[InspectStreamResponse]:  # noqa: N802
         raise NotImplementedError
 
-    def ReportFeedback(self, request: object, context: object) -> NoReturn:  # noqa: N802
-        raise NotImplementedError
+    def ReportFeedback(self, request: ReportFeedbackRequest, context: grpc.ServicerContext) -> ReportFeedbackResponse:  # noqa: N802
+        with self._lock:
+            self._service.reports.append(request)
+        answer = self._answer(InspectRequest(encoded=request.encoded))
+        if isinstance(answer, grpc.StatusCode):
+            context.abort(answer, "as told")
+        return ReportFeedbackResponse(image="kept")
 
     def GetInspectionStatus(self, request: object, context: object) -> NoReturn:  # noqa: N802
         raise NotImplementedError

@@ -20,6 +20,7 @@ from feddymem.client.errors import (
     ServiceFailedError,
     UnavailableError,
 )
+from feddymem.client.feedback import Opinion
 from feddymem.client.images import Image
 from feddymem.client.requests import Wishes
 from feddymem.client.results import Guarantee, InspectionResult, Verdict
@@ -39,6 +40,7 @@ __all__ = [
     "InvalidRequestError",
     "MapKind",
     "NotServedError",
+    "Opinion",
     "OverloadedError",
     "Region",
     "ServiceFailedError",

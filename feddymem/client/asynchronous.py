@@ -12,6 +12,7 @@ import grpc
 
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
+from feddymem.client.feedback import Opinion
 from feddymem.client.images import Image
 from feddymem.client.renewal import Renewed
 from feddymem.client.requests import ClientSettings, Wishes
@@ -67,6 +68,19 @@ class AsyncInspectionClient:
         stub = InspectionServiceStub(self._channels.channel())
         try:
             return from_response(await stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def report_feedback(self, image: Image, opinion: Opinion, *, note: str = "") -> str:
+        """See `InspectionClient.report_feedback`.
+
+        Raises:
+            InspectionError: it was not kept; its kind says why.
+        """
+        request = await asyncio.to_thread(self._settings.feedback, image, opinion, note)
+        stub = InspectionServiceStub(self._channels.channel())
+        try:
+            return (await stub.ReportFeedback(request, timeout=self._settings.timeout({}))).image
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

@@ -62,8 +62,8 @@ def service_config(attempts: int) -> dict[str, Any]:
 
     With 5 attempts the pauses are 0.1, 0.4, 1.6 and 5 s, each up to a fifth shorter or longer: the first passes a queue
     that is full for a moment, all of them together a server that starts again within seconds. Inspection changes
-    nothing, so it may be repeated. CANCELLED is what gRPC's server says, when it stops, of calls that have arrived and
-    not begun; what the caller itself cancels is not repeated.
+    nothing, and the same feedback twice is as once, so both may be repeated. CANCELLED is what gRPC's server says, when
+    it stops, of calls that have arrived and not begun; what the caller itself cancels is not repeated.
     """
     config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if attempts > 1:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import cv2
 import grpc
 import numpy as np
 import PIL.Image
@@ -38,6 +39,25 @@ def as_library_image(image: Image) -> EncodedImage | RawImage:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     raise TypeError(f"cannot inspect {type(image).__name__}; expected bytes, a path, a numpy array or a PIL image")
+
+
+def as_file(image: Image) -> bytes:
+    """An image as an image file: files and bytes as they are, pixels as PNG, which loses nothing.
+
+    Raises:
+        InvalidRequestError: a file cannot be read, or pixels have a form that has no meaning as an image.
+        TypeError: not an image at all.
+    """
+    sent = as_library_image(image)
+    if isinstance(sent, EncodedImage):
+        return sent.data
+    depth: np.dtype[Any] = np.dtype(np.uint8) if sent.bits == 8 else np.dtype("<u2")
+    pixels: NDArray[Any] = np.frombuffer(sent.data, depth).reshape(sent.height, sent.width, sent.channels)
+    if not pixels.size:
+        raise _invalid(f"image of {sent.height} x {sent.width} pixels; both sides must be at least 1")
+    if sent.channels > 1:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if sent.channels == 3 else cv2.COLOR_RGBA2BGRA)
+    return cv2.imencode(".png", pixels)[1].tobytes()
 
 
 def _read(path: Path) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from feddymem.client.images import Image, as_library_image
+from feddymem.client.feedback import OPINIONS, Opinion
+from feddymem.client.images import Image, as_file, as_library_image
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.maps import MapKind
 from feddymem.v1.inspection_pb2 import (
@@ -13,6 +14,7 @@ from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_UNSPECIFIED,
     InspectRequest,
     MapFormat,
+    ReportFeedbackRequest,
 )
 
 _MAP_FORMATS: dict[MapKind, MapFormat.ValueType] = {
@@ -82,6 +84,21 @@ class ClientSettings:
         )
         _fill(request, as_library_image(image))
         return request
+
+    def feedback(self, image: Image, opinion: Opinion, note: str) -> ReportFeedbackRequest:
+        """The request that reports what somebody says of an image.
+
+        Raises:
+            InvalidRequestError: a file cannot be read, or pixels have no meaning as an image.
+            TypeError: not an image at all.
+        """
+        return ReportFeedbackRequest(
+            federation=self._federation,
+            site=self._site,
+            encoded=as_file(image),
+            opinion=OPINIONS[opinion],
+            note=note,
+        )
 
     def timeout(self, wishes: Wishes) -> float:
         """Longest wait for the result, in seconds."""

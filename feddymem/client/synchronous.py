@@ -11,6 +11,7 @@ import grpc
 
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
+from feddymem.client.feedback import Opinion
 from feddymem.client.images import Image
 from feddymem.client.renewal import Renewed
 from feddymem.client.requests import ClientSettings, Wishes
@@ -83,6 +84,30 @@ class InspectionClient:
         stub = InspectionServiceStub(self._channels.channel())
         try:
             return from_response(stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    def report_feedback(self, image: Image, opinion: Opinion, *, note: str = "") -> str:
+        """Reports what was wrong with a verdict: a false alarm or a bad part.
+
+        The image goes to the site's own edge client, where it stays; a false alarm enters the site's bank once an
+        operator of the site has accepted it. The last opinion of an image counts; the same one may be reported again.
+
+        Args:
+            image: as it was inspected; pixels are sent as PNG.
+            opinion: what was wrong.
+            note: anything a person adds; at most 1,000 characters.
+
+        Returns:
+            SHA-256 of the image file, in hex: its name at the edge client.
+
+        Raises:
+            InspectionError: it was not kept; its kind says why.
+        """
+        request = self._settings.feedback(image, opinion, note)
+        stub = InspectionServiceStub(self._channels.channel())
+        try:
+            return stub.ReportFeedback(request, timeout=self._settings.timeout({})).image
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

@@ -25,31 +25,35 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x64ymem/v1/feedback.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"}\n\x13KeepFeedbackRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x65ncoded\x18\x03 \x01(\x0c\x12%\n\x07opinion\x18\x04 \x01(\x0e\x32\x14.feddymem.v1.Opinion\x12\x0c\n\x04note\x18\x05 \x01(\t\"%\n\x14KeepFeedbackResponse\x12\r\n\x05image\x18\x01 \x01(\t\"(\n\x13ListFeedbackRequest\x12\x11\n\tundecided\x18\x01 \x01(\x08\"?\n\x14ListFeedbackResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x15.feddymem.v1.Feedback\"\xb9\x01\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\r\n\x05image\x18\x01 \x01(\t\x12%\n\x07opinion\x18\x02 \x01(\x0e\x32\x14.feddymem.v1.Opinion\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\'\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0e\x32\x15.feddymem.v1.Decision\x12,\n\x08received\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"O\n\x15\x44\x65\x63ideFeedbackRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\'\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0e\x32\x15.feddymem.v1.Decision\"\'\n\x16\x44\x65\x63ideFeedbackResponse\x12\r\n\x05image\x18\x01 \x01(\t*Q\n\x07Opinion\x12\x17\n\x13OPINION_UNSPECIFIED\x10\x00\x12\x17\n\x13OPINION_FALSE_ALARM\x10\x01\x12\x14\n\x10OPINION_BAD_PART\x10\x02*R\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_ACCEPTED\x10\x01\x12\x15\n\x11\x44\x45\x43ISION_REJECTED\x10\x02\x32\x96\x02\n\x0f\x46\x65\x65\x64\x62\x61\x63kService\x12S\n\x0cKeepFeedback\x12 .feddymem.v1.KeepFeedbackRequest\x1a!.feddymem.v1.KeepFeedbackResponse\x12S\n\x0cListFeedback\x12 .feddymem.v1.ListFeedbackRequest\x1a!.feddymem.v1.ListFeedbackResponse\x12Y\n\x0e\x44\x65\x63ideFeedback\x12\".feddymem.v1.DecideFeedbackRequest\x1a#.feddymem.v1.DecideFeedbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x64ymem/v1/feedback.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetFeedbackOwnerRequest\"<\n\x18GetFeedbackOwnerResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\"}\n\x13KeepFeedbackRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x65ncoded\x18\x03 \x01(\x0c\x12%\n\x07opinion\x18\x04 \x01(\x0e\x32\x14.feddymem.v1.Opinion\x12\x0c\n\x04note\x18\x05 \x01(\t\"%\n\x14KeepFeedbackResponse\x12\r\n\x05image\x18\x01 \x01(\t\"(\n\x13ListFeedbackRequest\x12\x11\n\tundecided\x18\x01 \x01(\x08\"?\n\x14ListFeedbackResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x15.feddymem.v1.Feedback\"\xb9\x01\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\r\n\x05image\x18\x01 \x01(\t\x12%\n\x07opinion\x18\x02 \x01(\x0e\x32\x14.feddymem.v1.Opinion\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\'\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0e\x32\x15.feddymem.v1.Decision\x12,\n\x08received\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"O\n\x15\x44\x65\x63ideFeedbackRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\'\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0e\x32\x15.feddymem.v1.Decision\"\'\n\x16\x44\x65\x63ideFeedbackResponse\x12\r\n\x05image\x18\x01 \x01(\t*Q\n\x07Opinion\x12\x17\n\x13OPINION_UNSPECIFIED\x10\x00\x12\x17\n\x13OPINION_FALSE_ALARM\x10\x01\x12\x14\n\x10OPINION_BAD_PART\x10\x02*R\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_ACCEPTED\x10\x01\x12\x15\n\x11\x44\x45\x43ISION_REJECTED\x10\x02\x32\xf7\x02\n\x0f\x46\x65\x65\x64\x62\x61\x63kService\x12_\n\x10GetFeedbackOwner\x12$.feddymem.v1.GetFeedbackOwnerRequest\x1a%.feddymem.v1.GetFeedbackOwnerResponse\x12S\n\x0cKeepFeedback\x12 .feddymem.v1.KeepFeedbackRequest\x1a!.feddymem.v1.KeepFeedbackResponse\x12S\n\x0cListFeedback\x12 .feddymem.v1.ListFeedbackRequest\x1a!.feddymem.v1.ListFeedbackResponse\x12Y\n\x0e\x44\x65\x63ideFeedback\x12\".feddymem.v1.DecideFeedbackRequest\x1a#.feddymem.v1.DecideFeedbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'feddymem.v1.feedback_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPINION']._serialized_start=659
-  _globals['_OPINION']._serialized_end=740
-  _globals['_DECISION']._serialized_start=742
-  _globals['_DECISION']._serialized_end=824
-  _globals['_KEEPFEEDBACKREQUEST']._serialized_start=76
-  _globals['_KEEPFEEDBACKREQUEST']._serialized_end=201
-  _globals['_KEEPFEEDBACKRESPONSE']._serialized_start=203
-  _globals['_KEEPFEEDBACKRESPONSE']._serialized_end=240
-  _globals['_LISTFEEDBACKREQUEST']._serialized_start=242
-  _globals['_LISTFEEDBACKREQUEST']._serialized_end=282
-  _globals['_LISTFEEDBACKRESPONSE']._serialized_start=284
-  _globals['_LISTFEEDBACKRESPONSE']._serialized_end=347
-  _globals['_FEEDBACK']._serialized_start=350
-  _globals['_FEEDBACK']._serialized_end=535
-  _globals['_DECIDEFEEDBACKREQUEST']._serialized_start=537
-  _globals['_DECIDEFEEDBACKREQUEST']._serialized_end=616
-  _globals['_DECIDEFEEDBACKRESPONSE']._serialized_start=618
-  _globals['_DECIDEFEEDBACKRESPONSE']._serialized_end=657
-  _globals['_FEEDBACKSERVICE']._serialized_start=827
-  _globals['_FEEDBACKSERVICE']._serialized_end=1105
+  _globals['_OPINION']._serialized_start=748
+  _globals['_OPINION']._serialized_end=829
+  _globals['_DECISION']._serialized_start=831
+  _globals['_DECISION']._serialized_end=913
+  _globals['_GETFEEDBACKOWNERREQUEST']._serialized_start=76
+  _globals['_GETFEEDBACKOWNERREQUEST']._serialized_end=101
+  _globals['_GETFEEDBACKOWNERRESPONSE']._serialized_start=103
+  _globals['_GETFEEDBACKOWNERRESPONSE']._serialized_end=163
+  _globals['_KEEPFEEDBACKREQUEST']._serialized_start=165
+  _globals['_KEEPFEEDBACKREQUEST']._serialized_end=290
+  _globals['_KEEPFEEDBACKRESPONSE']._serialized_start=292
+  _globals['_KEEPFEEDBACKRESPONSE']._serialized_end=329
+  _globals['_LISTFEEDBACKREQUEST']._serialized_start=331
+  _globals['_LISTFEEDBACKREQUEST']._serialized_end=371
+  _globals['_LISTFEEDBACKRESPONSE']._serialized_start=373
+  _globals['_LISTFEEDBACKRESPONSE']._serialized_end=436
+  _globals['_FEEDBACK']._serialized_start=439
+  _globals['_FEEDBACK']._serialized_end=624
+  _globals['_DECIDEFEEDBACKREQUEST']._serialized_start=626
+  _globals['_DECIDEFEEDBACKREQUEST']._serialized_end=705
+  _globals['_DECIDEFEEDBACKRESPONSE']._serialized_start=707
+  _globals['_DECIDEFEEDBACKRESPONSE']._serialized_end=746
+  _globals['_FEEDBACKSERVICE']._serialized_start=916
+  _globals['_FEEDBACKSERVICE']._serialized_end=1291
 # @@protoc_insertion_point(module_scope)

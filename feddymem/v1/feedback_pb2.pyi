@@ -55,20 +55,63 @@ class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.Val
     DECISION_UNSPECIFIED: _Decision.ValueType  # 0
     """Nobody has decided yet; refused in a request."""
     DECISION_ACCEPTED: _Decision.ValueType  # 1
-    """It enters the next bank."""
+    """It enters the next bank, and each one after that."""
     DECISION_REJECTED: _Decision.ValueType  # 2
-    """It does not."""
+    """It does not, and is the first to go when there is no room for others."""
 
 class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
-    """What became of an image that was called a false alarm."""
+    """What an operator of the site has decided about an image."""
 
 DECISION_UNSPECIFIED: Decision.ValueType  # 0
 """Nobody has decided yet; refused in a request."""
 DECISION_ACCEPTED: Decision.ValueType  # 1
-"""It enters the next bank."""
+"""It enters the next bank, and each one after that."""
 DECISION_REJECTED: Decision.ValueType  # 2
-"""It does not."""
+"""It does not, and is the first to go when there is no room for others."""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class GetFeedbackOwnerRequest(_message.Message):
+    """Sent by an inference service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFeedbackOwnerRequest: _TypeAlias = GetFeedbackOwnerRequest  # noqa: Y015
+
+@_typing.final
+class GetFeedbackOwnerResponse(_message.Message):
+    """Sent by an edge client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    """Name of the federation."""
+    site: _builtins.str
+    """Name of the site."""
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        site: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFeedbackOwnerResponse: _TypeAlias = GetFeedbackOwnerResponse  # noqa: Y015
 
 @_typing.final
 class KeepFeedbackRequest(_message.Message):
@@ -90,7 +133,7 @@ class KeepFeedbackRequest(_message.Message):
     opinion: Global___Opinion.ValueType
     """What was wrong."""
     note: _builtins.str
-    """Anything the person adds; at most 1,000 characters."""
+    """Anything the person adds; at most 1,000 characters, no control characters but tabs and new lines."""
     def __init__(
         self,
         *,
@@ -195,12 +238,12 @@ class Feedback(_message.Message):
     note: _builtins.str
     """What the person added."""
     decision: Global___Decision.ValueType
-    """What was decided."""
+    """What was decided; unset again when another opinion comes."""
     size_bytes: _builtins.int
     """Bytes of the image file."""
     @_builtins.property
     def received(self) -> _timestamp_pb2.Timestamp:
-        """When it came (edge client's clock)."""
+        """When the opinion came (edge client's clock)."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class FeedbackServiceStub:
-    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other.
+    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other. UNAVAILABLE while it starts.
     """
 
     def __init__(self, channel):
@@ -35,6 +35,11 @@ class FeedbackServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetFeedbackOwner = channel.unary_unary(
+                '/feddymem.v1.FeedbackService/GetFeedbackOwner',
+                request_serializer=feddymem_dot_v1_dot_feedback__pb2.GetFeedbackOwnerRequest.SerializeToString,
+                response_deserializer=feddymem_dot_v1_dot_feedback__pb2.GetFeedbackOwnerResponse.FromString,
+                _registered_method=True)
         self.KeepFeedback = channel.unary_unary(
                 '/feddymem.v1.FeedbackService/KeepFeedback',
                 request_serializer=feddymem_dot_v1_dot_feedback__pb2.KeepFeedbackRequest.SerializeToString,
@@ -53,8 +58,15 @@ class FeedbackServiceStub:
 
 
 class FeedbackServiceServicer:
-    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other.
+    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other. UNAVAILABLE while it starts.
     """
+
+    def GetFeedbackOwner(self, request, context):
+        """Whose feedback is kept here: asked before an image is sent, which is for nobody else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def KeepFeedback(self, request, context):
         """Keeps an image with what was said of it, on disk when this returns; idempotent for the same image and opinion; the last
@@ -73,7 +85,7 @@ class FeedbackServiceServicer:
 
     def DecideFeedback(self, request, context):
         """An operator of the site decides about an image that was called a false alarm: whether it enters the next bank.
-        NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it was said to be bad.
+        NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it is to be accepted, and was said to be bad.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,6 +94,11 @@ class FeedbackServiceServicer:
 
 def add_FeedbackServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetFeedbackOwner': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFeedbackOwner,
+                    request_deserializer=feddymem_dot_v1_dot_feedback__pb2.GetFeedbackOwnerRequest.FromString,
+                    response_serializer=feddymem_dot_v1_dot_feedback__pb2.GetFeedbackOwnerResponse.SerializeToString,
+            ),
             'KeepFeedback': grpc.unary_unary_rpc_method_handler(
                     servicer.KeepFeedback,
                     request_deserializer=feddymem_dot_v1_dot_feedback__pb2.KeepFeedbackRequest.FromString,
@@ -106,8 +123,35 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FeedbackService:
-    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other.
+    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other. UNAVAILABLE while it starts.
     """
+
+    @staticmethod
+    def GetFeedbackOwner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/feddymem.v1.FeedbackService/GetFeedbackOwner',
+            feddymem_dot_v1_dot_feedback__pb2.GetFeedbackOwnerRequest.SerializeToString,
+            feddymem_dot_v1_dot_feedback__pb2.GetFeedbackOwnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def KeepFeedback(request,

@@ -29,12 +29,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FeedbackServiceStub:
-    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other."""
+    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other. UNAVAILABLE while it starts."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FeedbackServiceAsyncStub: ...
+    GetFeedbackOwner: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.GetFeedbackOwnerRequest, _feedback_pb2.GetFeedbackOwnerResponse]
+    """Whose feedback is kept here: asked before an image is sent, which is for nobody else."""
     KeepFeedback: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.KeepFeedbackRequest, _feedback_pb2.KeepFeedbackResponse]
     """Keeps an image with what was said of it, on disk when this returns; idempotent for the same image and opinion; the last
     opinion of an image counts. RESOURCE_EXHAUSTED: as much is kept as may be.
@@ -43,14 +45,16 @@ class FeedbackServiceStub:
     """What is kept, the newest first."""
     DecideFeedback: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.DecideFeedbackRequest, _feedback_pb2.DecideFeedbackResponse]
     """An operator of the site decides about an image that was called a false alarm: whether it enters the next bank.
-    NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it was said to be bad.
+    NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it is to be accepted, and was said to be bad.
     """
 
 @_typing.type_check_only
 class FeedbackServiceAsyncStub(FeedbackServiceStub):
-    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other."""
+    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other. UNAVAILABLE while it starts."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetFeedbackOwner: _aio.UnaryUnaryMultiCallable[_feedback_pb2.GetFeedbackOwnerRequest, _feedback_pb2.GetFeedbackOwnerResponse]  # type: ignore[assignment]
+    """Whose feedback is kept here: asked before an image is sent, which is for nobody else."""
     KeepFeedback: _aio.UnaryUnaryMultiCallable[_feedback_pb2.KeepFeedbackRequest, _feedback_pb2.KeepFeedbackResponse]  # type: ignore[assignment]
     """Keeps an image with what was said of it, on disk when this returns; idempotent for the same image and opinion; the last
     opinion of an image counts. RESOURCE_EXHAUSTED: as much is kept as may be.
@@ -59,11 +63,19 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """What is kept, the newest first."""
     DecideFeedback: _aio.UnaryUnaryMultiCallable[_feedback_pb2.DecideFeedbackRequest, _feedback_pb2.DecideFeedbackResponse]  # type: ignore[assignment]
     """An operator of the site decides about an image that was called a false alarm: whether it enters the next bank.
-    NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it was said to be bad.
+    NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it is to be accepted, and was said to be bad.
     """
 
 class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other."""
+    """Served by an edge client, for its own federation and site only; NOT_FOUND for any other. UNAVAILABLE while it starts."""
+
+    @_abc_1.abstractmethod
+    def GetFeedbackOwner(
+        self,
+        request: _feedback_pb2.GetFeedbackOwnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feedback_pb2.GetFeedbackOwnerResponse, _abc.Awaitable[_feedback_pb2.GetFeedbackOwnerResponse]]:
+        """Whose feedback is kept here: asked before an image is sent, which is for nobody else."""
 
     @_abc_1.abstractmethod
     def KeepFeedback(
@@ -90,7 +102,7 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.DecideFeedbackResponse, _abc.Awaitable[_feedback_pb2.DecideFeedbackResponse]]:
         """An operator of the site decides about an image that was called a false alarm: whether it enters the next bank.
-        NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it was said to be bad.
+        NOT_FOUND: no such image is kept. FAILED_PRECONDITION: it is to be accepted, and was said to be bad.
         """
 
 def add_FeedbackServiceServicer_to_server(servicer: FeedbackServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

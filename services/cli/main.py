@@ -20,6 +20,7 @@ import feddymem
 from services.cli.certs import certs
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
 from services.cli.failures import fail
+from services.cli.feedback import feedback
 from services.cli.operator import operator
 from services.cli.release import release
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.add_typer(certs, name="certs")
 app.add_typer(release, name="release")
 app.add_typer(operator, name="operator")
+app.add_typer(feedback, name="feedback")
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _Server = Annotated[str, typer.Option(help="HOST:PORT of the service.")]

@@ -1,8 +1,9 @@
-"""The images in a site's folder, and their features."""
+"""The images that a site learns: those in its folder and the false alarms that were accepted, and their features."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from feddymem.backbone import FeatureExtractor
@@ -18,13 +19,26 @@ _log = get_logger()
 
 
 class SiteImages:
-    """Looks at the folder as often as it is asked to, and extracts what is new in it."""
+    """Looks at the images as often as it is asked to, and extracts what is new among them.
+
+    Args:
+        settings: of the edge client.
+        extractor: the feature space's backbone.
+        folder: for the features.
+        progress: is told how far an extraction is.
+        accepted: the false alarms that an operator has accepted, see `FeedbackStore.accepted`.
+    """
 
     def __init__(
-        self, settings: EdgeClientSettings, extractor: FeatureExtractor, folder: Path, progress: Progress
+        self,
+        settings: EdgeClientSettings,
+        extractor: FeatureExtractor,
+        folder: Path,
+        progress: Progress,
+        accepted: Callable[[], Sequence[Path]],
     ) -> None:
         self.extractor, self.feature_space = extractor, extractor.feature_space
-        self._data, self._progress = settings.data, progress
+        self._data, self._progress, self._accepted = settings.data, progress, accepted
         self._cache = FeatureCache(
             folder, extractor, None, settings.batch_size, settings.max_pixels, discard=quarantine
         )
@@ -32,15 +46,16 @@ class SiteImages:
         self._images = 0
 
     def look(self) -> CachedPatches:
-        """Patch features of the images that are in the folder now, in the order of their paths; of no others are any
-        kept.
+        """Patch features of the images that are in the folder now, in the order of their paths, then of those that were
+        accepted, which are never held out: they were chosen by their score. Of no others are any kept.
 
         Raises:
             DatasetError: no folder, no image in it, or none that can be read.
             OSError: the state folder cannot be written; what was extracted until then stays.
         """
         started = time.perf_counter()
-        found = self._cache.extract(list_images(self._data), self._progress)
+        accepted = self._accepted()
+        found = self._cache.extract([*list_images(self._data), *accepted], self._progress, accepted)
         seconds = time.perf_counter() - started
         self._cache.keep_only(found.patches.paths)
         for reason in set(found.skipped) - self._skipped:

@@ -7,6 +7,8 @@ import asyncio
 from feddymem.backbone import FeatureExtractor, load_extractor, resolve_device
 from feddymem.datasets import list_images
 from services.edge_client.computing import Computing
+from services.edge_client.feedback import FeedbackStore
+from services.edge_client.feedback_servicer import FeedbackServicer
 from services.edge_client.images import SiteImages
 from services.edge_client.participant import Participant
 from services.edge_client.settings import EdgeClientSettings
@@ -49,8 +51,11 @@ async def _serve(settings: EdgeClientSettings, device: str) -> None:
         computing = Computing(settings, progress)
         state = await computing.run(EdgeState, settings.state_dir)
         publisher = Publisher(state.arrays, frozenset({Role.INFERENCE}), lambda who, _federation: who == own)
-        async with listening(settings, Identity(Role.SITE, settings.site), [publisher.service]) as readiness:
-            work = _take_part(settings, device, state, publisher, readiness, computing)
+        feedback = FeedbackServicer(settings)
+        services = [publisher.service, feedback.service]
+        own_site = Identity(Role.SITE, settings.site)
+        async with listening(settings, own_site, services, settings.max_request_bytes) as readiness:
+            work = _take_part(settings, device, state, publisher, feedback, readiness, computing)
             await run_until_stopped(work, until_done=settings.once)
 
 
@@ -59,6 +64,7 @@ async def _take_part(
     device: str,
     state: EdgeState,
     publisher: Publisher,
+    feedback: FeedbackServicer,
     readiness: Readiness,
     computing: Computing,
 ) -> None:
@@ -66,7 +72,10 @@ async def _take_part(
     fingerprint = extractor.feature_space.fingerprint
     owner = f"federation {settings.federation}, site {settings.site}, feature space {fingerprint}"
     await computing.run(state.claim, owner)
-    images = await computing.run(SiteImages, settings, extractor, state.features, computing.progress)
+    kept = await computing.run(FeedbackStore, state.feedback, settings.max_feedback_bytes)
+    feedback.begin(kept)
+    features, progress = state.features, computing.progress
+    images = await computing.run(SiteImages, settings, extractor, features, progress, kept.accepted)
     participant = Participant(settings, images, device, state, publisher, computing)
     await participant.look()
     await readiness.set(True)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-IMAGES = Gauge("feddymem_edge_images", "Image files in the folder, by outcome: read or skipped.", ["outcome"])
+IMAGES = Gauge(
+    "feddymem_edge_images",
+    "Image files in the folder and false alarms accepted, by outcome: read or skipped.",
+    ["outcome"],
+)
 EXTRACTED = Counter("feddymem_edge_images_extracted_total", "Images that features were extracted of.")
 FEATURES = Counter("feddymem_edge_features_total", "Patch features extracted.")
 FEATURE_SECONDS = Counter("feddymem_edge_extraction_seconds_total", "Time that feature extractions took.")
@@ -29,3 +33,10 @@ ROUND = Gauge("feddymem_edge_round", "Last round that this site's bank was accep
 RETRIES = Counter("feddymem_edge_retries_total", "Calls to the aggregator that were tried again.")
 UPLOAD_RETRIES = Counter("feddymem_edge_upload_retries_total", "Uploads that were interrupted, and tried again.")
 DISK_FULL = Counter("feddymem_edge_disk_full_total", "Times that something could not be written for want of room.")
+FEEDBACK = Counter("feddymem_edge_feedback_total", "Feedback that was kept, by opinion.", ["opinion"])
+FEEDBACK_IMAGES = Gauge(
+    "feddymem_edge_feedback_images",
+    "Images kept with what was said of them: false alarms undecided or accepted, bad parts, and rejected ones.",
+    ["state"],
+)
+FEEDBACK_BYTES = Gauge("feddymem_edge_feedback_bytes", "Size of those images.")

@@ -38,6 +38,18 @@ class EdgeClientSettings(ClientSettings):
     max_pixels: int = Field(
         default=MAX_PIXELS, ge=1, description="largest image read, in pixels; larger ones are skipped"
     )
+    max_request_bytes: int = Field(
+        default=64 * 2**20,
+        ge=1024,
+        le=2**31 - 1,
+        description="largest request accepted, in bytes: feedback with its image, as the inference service takes it",
+    )
+    max_feedback_bytes: int = Field(
+        default=2**30,
+        ge=0,
+        description="images kept with what was said of them, in bytes: some hundreds that a person may look at, and a "
+        "tenth of the state folder's volume in k8s/; more are refused until some are rejected",
+    )
     scan_seconds: float = Field(
         default=60,
         gt=0,

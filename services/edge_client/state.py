@@ -1,4 +1,4 @@
-"""The edge client's state on disk: who it is, what came of its last round, the features of its images."""
+"""The edge client's state on disk: who it is, what came of its last round, and where features and feedback are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EdgeState:
     def __init__(self, folder: Path) -> None:
         make_folder(folder)
         self.arrays = ArrayStore(folder / "arrays")
-        self.features = folder / "features"
+        self.features, self.feedback = folder / "features", folder / "feedback"
         self.instance = ""
         self._owner, self._outcome = folder / "owner", folder / "outcome"
 

@@ -8,6 +8,7 @@ import sys
 from feddymem.backbone import resolve_device
 from services.inference import metrics
 from services.inference.batcher import Batcher
+from services.inference.feedback import FeedbackForwarder
 from services.inference.inspector import Inspector
 from services.inference.open_inference import OpenInferenceServicer
 from services.inference.registry import Registry
@@ -51,7 +52,10 @@ async def _serve(settings: InferenceSettings) -> None:
     show_device(resolve_device(settings.device))
     metrics.QUEUE_IMAGES.set_function(lambda: batcher.queue_length)
     metrics.QUEUE_LIMIT.set(batcher.queue_size)
-    services = (InspectionServicer(inspector, registry).service, OpenInferenceServicer(inspector, registry).service)
+    services = (
+        InspectionServicer(inspector, registry, FeedbackForwarder(settings)).service,
+        OpenInferenceServicer(inspector, registry).service,
+    )
     batcher.start()
     try:
         async with listening(

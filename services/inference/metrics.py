@@ -74,6 +74,7 @@ SHADOW_IMAGES = Counter(
     ["outcome"],
 )
 SHADOWED = {outcome: SHADOW_IMAGES.labels(outcome) for outcome in ("judged", "dropped", "failed")}
+FEEDBACK = Counter("feddymem_feedback_reports_total", "Feedback that an edge client has kept, by opinion.", ["opinion"])
 RELEASE = Gauge("feddymem_serving_release_version", "Version of the release that scores.", ["federation"])
 RELEASE_CREATED = Gauge(
     "feddymem_serving_release_timestamp_seconds", "When the release that scores was made.", ["federation"]

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 from grpc import aio
 
 from feddymem.image_data import EncodedImage, RawImage
@@ -33,6 +32,7 @@ from feddymem.v1.inspection_pb2 import (
     ReportFeedbackResponse,
 )
 from services.inference.access import CALLERS
+from services.inference.feedback import FeedbackForwarder
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.lines import guarantee
 from services.inference.outcomes import counted
@@ -51,10 +51,10 @@ _Context = aio.ServicerContext[Any, Any]
 
 
 class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
-    """Serves inspections."""
+    """Serves inspections, and takes what people say of them."""
 
-    def __init__(self, inspector: Inspector, registry: Registry) -> None:
-        self._inspector, self._registry = inspector, registry
+    def __init__(self, inspector: Inspector, registry: Registry, feedback: FeedbackForwarder) -> None:
+        self._inspector, self._registry, self._feedback = inspector, registry, feedback
 
     @property
     def service(self) -> Service:
@@ -82,13 +82,12 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
 
         return answer_stream(request_iterator, answer, _refused)
 
-    async def ReportFeedback(self, request: ReportFeedbackRequest, context: _Context) -> ReportFeedbackResponse:
+    async def ReportFeedback(self, request: ReportFeedbackRequest, _context: _Context) -> ReportFeedbackResponse:
         """See inspection.proto."""
-        # TODO(calfeed)
-        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "feedback is not taken yet")
+        return ReportFeedbackResponse(image=await self._feedback.report(request))
 
     async def GetInspectionStatus(
-        self, request: GetInspectionStatusRequest, context: _Context
+        self, request: GetInspectionStatusRequest, _context: _Context
     ) -> GetInspectionStatusResponse:
         """See inspection.proto."""
         return GetInspectionStatusResponse(scoring=scoring(self._registry.active(), request.federation))

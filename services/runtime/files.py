@@ -75,12 +75,20 @@ def quarantine(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a small file so that a reader, or a restart, sees the old or the new content and nothing between."""
+    """Writes a file so that a reader, or a restart, sees the old or the new content and nothing between.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
     part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(path)
     sync_folder(path.parent)
 

@@ -59,7 +59,11 @@ _LOGGED_PER_SECOND = 10
 _started = functools.cache(RPCS_STARTED.labels)
 _handled, _seconds = functools.cache(RPCS.labels), functools.cache(RPC_SECONDS.labels)
 _OURS = ("/feddymem.", "/inference.")
-_BETWEEN_SERVICES = ("/feddymem.v1.FederationService/", "/feddymem.v1.ReleaseService/")
+_BETWEEN_SERVICES = (
+    "/feddymem.v1.FederationService/",
+    "/feddymem.v1.ReleaseService/",
+    "/feddymem.v1.FeedbackService/",
+)
 _SERIOUS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 _Context = aio.ServicerContext[Any, Any]
 _log = get_logger()

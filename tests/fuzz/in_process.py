@@ -32,7 +32,11 @@ from services.aggregator.operator_servicer import OperatorServicer
 from services.aggregator.servicer import FederationServicer
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import AcceptedBank, Candidate, State
+from services.edge_client.feedback import FeedbackStore
+from services.edge_client.feedback_servicer import FeedbackServicer
+from services.edge_client.settings import EdgeClientSettings
 from services.inference.batcher import Batcher
+from services.inference.feedback import FeedbackForwarder
 from services.inference.inspector import Inspector
 from services.inference.open_inference import OpenInferenceServicer
 from services.inference.registry import Registry
@@ -55,6 +59,7 @@ from tests.fuzz.seeds import (
     Calls,
     aggregator_calls,
     candidate_arrays,
+    feedback_calls,
     inference_calls,
     join_request,
 )
@@ -62,6 +67,8 @@ from tests.integration.fake_site import make_bank
 
 MAX_PIXELS = 1_000_000
 _INPUT_SIZE = 32
+_FEEDBACK_BYTES = 20_000
+"""So few that there often is no room."""
 _ANSWER_SECONDS = 20
 """Whoever has not answered by then hangs."""
 _NO_ARRAYS = [Array(name="items", sha256=bytes(32))]
@@ -269,8 +276,21 @@ class InProcess:
         self._batcher = Batcher(1, 1, settings.max_delay_seconds, settings.room, settings.max_pixels)
         self._batcher.start()
         inspector = Inspector(registry, self._batcher)
-        self.calls |= inference_calls()
-        return [InspectionServicer(inspector, registry).service, OpenInferenceServicer(inspector, registry).service]
+        self.calls |= inference_calls() | feedback_calls()
+        return [
+            self._edge_client(folder / "edge"),
+            InspectionServicer(inspector, registry, FeedbackForwarder(settings)).service,
+            OpenInferenceServicer(inspector, registry).service,
+        ]
+
+    def _edge_client(self, folder: Path) -> Service:
+        """Feedback alone; releases are published by the aggregator in the same way."""
+        settings = EdgeClientSettings(
+            aggregator="127.0.0.1:1", federation="parts", site="dim-hall", data=folder, max_pixels=MAX_PIXELS
+        )
+        servicer = FeedbackServicer(settings)
+        servicer.begin(FeedbackStore(folder, _FEEDBACK_BYTES))
+        return servicer.service
 
     def _set_right(self, path: str) -> None:
         """Undoes what an earlier call did: both sites are there, and have sent nothing."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import Message
@@ -19,12 +21,23 @@ from feddymem.v1.federation_pb2 import (
     UploadBankRequest,
     WatchRoundsRequest,
 )
+from feddymem.v1.feedback_pb2 import (
+    DECISION_ACCEPTED,
+    DECISION_REJECTED,
+    OPINION_BAD_PART,
+    OPINION_FALSE_ALARM,
+    DecideFeedbackRequest,
+    GetFeedbackOwnerRequest,
+    KeepFeedbackRequest,
+    ListFeedbackRequest,
+)
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,
     InspectRequest,
     InspectStreamRequest,
     RawImage,
+    ReportFeedbackRequest,
 )
 from feddymem.v1.operator_pb2 import (
     STANDING_ADMITTED,
@@ -93,7 +106,24 @@ def edge_client_calls(arrays: Iterable[bytes]) -> Calls:
     Args:
         arrays: SHA-256 of arrays that it has.
     """
-    return {**_release_calls(arrays), **_standard_calls("feddymem.v1.ReleaseService")}
+    return {**_release_calls(arrays), **feedback_calls(), **_standard_calls("feddymem.v1.ReleaseService")}
+
+
+def feedback_calls() -> Calls:
+    """What an edge client of federation `parts` and site `dim-hall` is told of verdicts."""
+    service = "/feddymem.v1.FeedbackService"
+    named: dict[str, Any] = {"federation": "parts", "site": "dim-hall"}
+    images = [hashlib.sha256(file).hexdigest() for file in image_files()]
+    return {
+        f"{service}/GetFeedbackOwner": [[GetFeedbackOwnerRequest()]],
+        f"{service}/KeepFeedback": [[KeepFeedbackRequest(**named, **said)] for said in _said()],
+        f"{service}/ListFeedback": [[ListFeedbackRequest(undecided=undecided)] for undecided in (False, True)],
+        f"{service}/DecideFeedback": [
+            [DecideFeedbackRequest(image=image[:length], decision=decision)]
+            for image in images
+            for length, decision in ((64, DECISION_REJECTED), (6, DECISION_ACCEPTED))
+        ],
+    }
 
 
 def inference_calls() -> Calls:
@@ -104,6 +134,10 @@ def inference_calls() -> Calls:
     return {
         f"{inspection}/Inspect": [[request] for request in inspections],
         f"{inspection}/InspectStream": _in_threes(streamed),
+        f"{inspection}/ReportFeedback": [
+            *([ReportFeedbackRequest(**said)] for said in _said()),
+            *([ReportFeedbackRequest(federation="parts", site="dim-hall", **said)] for said in _said()),
+        ],
         f"{open_inference}/ServerLive": [[oip.ServerLiveRequest()]],
         f"{open_inference}/ServerReady": [[oip.ServerReadyRequest()]],
         f"{open_inference}/ModelReady": [[oip.ModelReadyRequest(name="parts", version="1")]],
@@ -143,6 +177,13 @@ def calibrate_request(scores: Sequence[float]) -> CalibrateRequest:
         items_sha256=candidate_arrays()[0].manifest.sha256,
         candidate=calibration_message(scores),
     )
+
+
+def _said() -> Iterator[dict[str, Any]]:
+    """Images with an opinion each."""
+    for number, file in enumerate(image_files()):
+        opinion = (OPINION_FALSE_ALARM, OPINION_BAD_PART)[number % 2]
+        yield {"encoded": file, "opinion": opinion, "note": "a shadow\nof the gripper" * (number % 3)}
 
 
 def _upload(piece_bytes: int) -> Call:

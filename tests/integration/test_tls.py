@@ -12,11 +12,11 @@ import grpc
 import pytest
 import yaml
 
-from feddymem.client import InspectionClient, NotServedError, UnavailableError
+from feddymem.client import InspectionClient, NotServedError, Opinion, UnavailableError
 from feddymem.client.tls import AUTHORITY, channel_to, read_tls
 from feddymem.datasets import SiteData
 from feddymem.openinference import open_inference_pb2
-from feddymem.v1 import federation_pb2, inspection_pb2, operator_pb2, release_pb2
+from feddymem.v1 import federation_pb2, feedback_pb2, inspection_pb2, operator_pb2, release_pb2
 from feddymem.v1.federation_pb2 import (
     BankHeader,
     CalibrateRequest,
@@ -26,6 +26,15 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsRequest,
 )
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
+from feddymem.v1.feedback_pb2 import (
+    DECISION_ACCEPTED,
+    DECISION_REJECTED,
+    OPINION_FALSE_ALARM,
+    DecideFeedbackRequest,
+    KeepFeedbackRequest,
+    ListFeedbackRequest,
+)
+from feddymem.v1.feedback_pb2_grpc import FeedbackServiceStub
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from feddymem.v1.release_pb2_grpc import ReleaseServiceStub
 from services.demo.processes import Fleet, RunningService
@@ -37,19 +46,20 @@ SECONDS = 30
 HERE, THERE = "brick-hall", "dim-hall"
 """The sites of the federation."""
 
-FEDERATION, OPERATOR, RELEASES, INSPECTION, OPEN_INFERENCE = (
+FEDERATION, OPERATOR, RELEASES, FEEDBACK, INSPECTION, OPEN_INFERENCE = (
     file.services_by_name[name]
     for file, name in (
         (federation_pb2.DESCRIPTOR, "FederationService"),
         (operator_pb2.DESCRIPTOR, "OperatorService"),
         (release_pb2.DESCRIPTOR, "ReleaseService"),
+        (feedback_pb2.DESCRIPTOR, "FeedbackService"),
         (inspection_pb2.DESCRIPTOR, "InspectionService"),
         (open_inference_pb2.DESCRIPTOR, "GRPCInferenceService"),
     )
 )
 SERVED = {
     "aggregator": (FEDERATION, OPERATOR, RELEASES),
-    f"edge-{HERE}": (RELEASES,),
+    f"edge-{HERE}": (RELEASES, FEEDBACK),
     "inference": (INSPECTION, OPEN_INFERENCE),
 }
 RPCS = [
@@ -76,6 +86,10 @@ ALLOWED = {
     ("aggregator", "DownloadArray"): {Role.SITE, Role.INFERENCE, Role.OPERATOR},
     (f"edge-{HERE}", "WatchReleases"): {Role.INFERENCE},
     (f"edge-{HERE}", "DownloadArray"): {Role.INFERENCE},
+    (f"edge-{HERE}", "GetFeedbackOwner"): {Role.INFERENCE},
+    (f"edge-{HERE}", "KeepFeedback"): {Role.INFERENCE},
+    (f"edge-{HERE}", "ListFeedback"): {Role.SITE},
+    (f"edge-{HERE}", "DecideFeedback"): {Role.SITE},
 }
 """Everything of the inference service is for lines, sites and operators."""
 
@@ -284,6 +298,37 @@ def test_a_generator_is_for_its_own_sites_inference_services_only(secure: Secure
         assert "bricks" in _denied(ReleaseServiceStub(channel).WatchReleases(request, timeout=SECONDS))
         codes = {_download(channel, array.sha256) for array in generator.arrays}
     assert codes == {grpc.StatusCode.NOT_FOUND}
+
+
+def test_feedback_is_for_its_own_site_only(secure: Secure) -> None:
+    edge, inference = secure.processes[f"edge-{HERE}"], secure.processes["inference"]
+    with InspectionClient(inference.grpc, tls_dir=secure.identity(Role.LINE, "camera")) as line:
+        image = line.report_feedback(secure.image, Opinion.FALSE_ALARM)
+    with channel_to(edge.grpc, [], secure.identity(Role.SITE, HERE)) as channel:
+        stub = FeedbackServiceStub(channel)
+        assert [each.image for each in stub.ListFeedback(ListFeedbackRequest(), timeout=SECONDS).feedback] == [image]
+        stub.DecideFeedback(DecideFeedbackRequest(image=image, decision=DECISION_REJECTED), timeout=SECONDS)
+    accept = DecideFeedbackRequest(image=image, decision=DECISION_ACCEPTED)
+    with channel_to(edge.grpc, [], secure.identity(Role.SITE, THERE)) as channel:
+        stub = FeedbackServiceStub(channel)
+        answers = [
+            _denied(lambda: stub.ListFeedback(ListFeedbackRequest(), timeout=SECONDS)),
+            _denied(lambda: stub.DecideFeedback(accept, timeout=SECONDS)),
+        ]
+    assert set(answers) == {f"the certificate is that of site '{THERE}'; what is kept here is for site '{HERE}'"}
+    keep = KeepFeedbackRequest(federation="bricks", site=HERE, encoded=b"x", opinion=OPINION_FALSE_ALARM)
+    with channel_to(edge.grpc, [], secure.identity(Role.INFERENCE, THERE)) as channel:
+        stub = FeedbackServiceStub(channel)
+        assert f"for inference '{HERE}'" in _denied(lambda: stub.KeepFeedback(keep, timeout=SECONDS))
+    audit = [line for line in secure.log(f"edge-{HERE}") if line["event"] == "audit"]
+    shown = [(line["who"].removeprefix("feddymem://"), line["action"], line["result"]) for line in audit]
+    for expected in (
+        (f"inference/{HERE}", "keep_feedback", "OK"),
+        (f"site/{HERE}", f"rejected {image}", "OK"),
+        (f"site/{THERE}", f"accepted {image}", "PERMISSION_DENIED"),
+        (f"inference/{THERE}", "keep_feedback", "PERMISSION_DENIED"),
+    ):
+        assert expected in shown
 
 
 @pytest.mark.parametrize(

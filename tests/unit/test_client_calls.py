@@ -20,12 +20,14 @@ from feddymem.client import (
     InspectionTimeoutError,
     InvalidRequestError,
     NotServedError,
+    Opinion,
     OverloadedError,
     ServiceFailedError,
     UnavailableError,
 )
 from feddymem.client.channel import inspection_options, service_config
-from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse
+from feddymem.v1.feedback_pb2 import OPINION_BAD_PART, OPINION_FALSE_ALARM
+from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, ReportFeedbackRequest
 from tests.scripted_service import Answer, scripted_service
 
 SECONDS = 30
@@ -60,6 +62,28 @@ async def test_the_asynchronous_client_repeats_calls_too() -> None:
         async with AsyncInspectionClient(service.address) as client:
             assert (await client.inspect(b"four")).score == 4
         assert len(service.requests) == 4
+
+
+def test_feedback_is_repeated_like_an_inspection() -> None:
+    with (
+        scripted_service(refuse_first(*TRANSIENT)) as service,
+        InspectionClient(service.address, federation="parts", site="a") as client,
+    ):
+        assert client.report_feedback(b"four", Opinion.FALSE_ALARM, note="a shadow") == "kept"
+        expected = ReportFeedbackRequest(
+            federation="parts", site="a", encoded=b"four", opinion=OPINION_FALSE_ALARM, note="a shadow"
+        )
+        assert service.reports == [expected] * 4
+
+
+async def test_feedback_that_is_refused_is_the_error_that_an_inspection_would_be() -> None:
+    with scripted_service(always(grpc.StatusCode.NOT_FOUND)) as service:
+        async with AsyncInspectionClient(service.address) as client:
+            with pytest.raises(NotServedError):
+                await client.report_feedback(b"x", Opinion.BAD_PART)
+        with InspectionClient(service.address) as other, pytest.raises(NotServedError):
+            other.report_feedback(b"x", Opinion.BAD_PART)
+        assert [report.opinion for report in service.reports] == [OPINION_BAD_PART] * 2
 
 
 @pytest.mark.parametrize(("attempts", "made"), [(1, 1), (2, 2)])

@@ -13,10 +13,10 @@ from hypothesis.extra import numpy as numpy_strategies
 from numpy.typing import NDArray
 
 from feddymem.client import InspectionError, InvalidRequestError
-from feddymem.client.images import as_library_image
+from feddymem.client.images import as_file, as_library_image
 from feddymem.client.requests import ClientSettings
 from feddymem.image_data import EncodedImage, RawImage
-from feddymem.images import read, to_rgb
+from feddymem.images import decode, read, to_rgb
 
 SIDES = st.integers(1, 7)
 SHAPES = st.one_of(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES, st.sampled_from([1, 3, 4])))
@@ -66,6 +66,24 @@ def test_a_pil_image_of_16_bits_keeps_them() -> None:
 def test_a_pil_image_of_unknown_range_is_refused(mode: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"mode {mode}: .*convert"):
         as_library_image(PIL.Image.new(mode, (2, 2)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])
+def test_pixels_as_a_file_lose_nothing(shape: tuple[int, ...], dtype: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+    for layout in (pixels, pixels[:, ::-1], pixels.astype(pixels.dtype.newbyteorder(">"))):
+        np.testing.assert_array_equal(decode(as_file(layout)), to_rgb(layout.astype(dtype)))
+
+
+def test_no_pixels_are_no_file() -> None:
+    with pytest.raises(InvalidRequestError, match="0 x 3"):
+        as_file(np.zeros((0, 3), np.uint8))
+
+
+def test_a_file_as_a_file_is_what_it_was(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"whatever")
+    assert as_file(tmp_path / "part") == as_file(b"whatever") == b"whatever"
 
 
 def test_files_and_bytes_are_sent_as_they_are(tmp_path: Path) -> None:

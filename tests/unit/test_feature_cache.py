@@ -146,6 +146,26 @@ def test_a_source_of_cached_patches_has_all_images_in_order(
     assert [len(batch) for batch in source.batches(4)] == [4, 2]
 
 
+def test_what_is_never_held_out_is_in_the_bank_and_changes_nothing_for_the_others(
+    folder: Path, paths: list[Path], small: FeatureExtractor
+) -> None:
+    cache = FeatureCache(folder, small)
+    *others, chosen, unreadable = paths
+    unreadable.write_bytes(b"no image")
+    for seed in range(8):
+        alone, held_alone = cache.extract(others).patches.split(0.5, seed)
+        bank, held = cache.extract(paths, never_held_out=[chosen, unreadable]).patches.split(0.5, seed)
+        assert held_alone is not None
+        assert held is not None
+        assert held.paths == held_alone.paths
+        assert bank.paths == (*alone.paths, chosen)
+    copy = chosen.with_name("copy.png")  # also by another name, in the folder of the site's images
+    copy.write_bytes(chosen.read_bytes())
+    bank, held = cache.extract([*others, copy, chosen], never_held_out=[chosen]).patches.split(0.5, 0)
+    assert held is not None
+    assert not {copy, chosen} & set(held.paths)
+
+
 def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "feddymem"
