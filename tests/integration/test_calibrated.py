@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +30,7 @@ from feddymem.sketch import ScoreSketch
 from feddymem.verdicts import ReleaseLimits, judge
 from services.cli.inference_status import get_inspection_status
 from services.demo.processes import Fleet, RunningService
-from services.runtime.arrays import bank_to_wire
-from tests.integration.test_lifecycle import run_service
+from services.runtime.arrays import bank_from_wire, bank_to_wire
 
 RATE = 0.1
 SITES = ("brick-hall", "dim-hall")
@@ -68,8 +69,8 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, products: dict[str, Sit
 
     banks = {name: patches(site.train[HELD_OUT:]) for name, site in sites.items()}
     memory = federate(banks, Method(bank_items=200, memory_items=400)).memory
-    arrays = bank_to_wire(memory, "float32")
-    scorer = Scorer(extractor, memory, None)
+    arrays = bank_to_wire(memory, "float16")
+    scorer = Scorer(extractor, bank_from_wire((array.manifest, array.data) for array in arrays), None)
     held_out = {
         site_key("parts", name): calibrate(scorer, patches(site.train[:HELD_OUT])) for name, site in sites.items()
     }
@@ -86,6 +87,11 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, products: dict[str, Sit
         limits = ReleaseLimits("parts", calibration)
         yield Calibrated(inference, publishing, sites, extractor, scorer, limits, publish, calibration)
     publishing.stop()
+
+
+def feddymem(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def metrics(inference: RunningService) -> str:
@@ -190,18 +196,18 @@ def test_the_command_line_shows_verdicts_and_the_state_of_the_lines(calibrated: 
         "--csv",
         str(tmp_path / "out.csv"),
     )
-    done = run_service("inspect", *images, *common, "--false-alarm-rate", "0.2", "--json")
+    done = feddymem("inspect", *images, *common, "--false-alarm-rate", "0.2", "--json")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["verdict"] for row in rows} == {"normal", "anomalous"}
     assert all((row["p_value"] <= 0.2) == (row["verdict"] == "anomalous") for row in rows)
     assert {row["guaranteed_images"] for row in rows} == {HELD_OUT}
     assert "p_value" in (tmp_path / "out.csv").read_text().splitlines()[0]
-    shown = run_service("status", "--inference", calibrated.inference.grpc, "--json")
+    shown = feddymem("status", "--inference", calibrated.inference.grpc, "--json")
     states = {each["site"]: each for each in json.loads(shown.stdout)["scoring"]}
     assert states["dim-hall"]["guarantee"]["images"] == HELD_OUT
     assert int(states["dim-hall"]["images"]) >= len(images)
-    table = run_service("status", "--inference", calibrated.inference.grpc)
+    table = feddymem("status", "--inference", calibrated.inference.grpc)
     assert table.returncode == 0
     assert "dim-hall" in table.stdout
 
