@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -91,7 +92,8 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, products: dict[str, Sit
 
 def feddymem(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "services.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    wide = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=wide)
 
 
 def metrics(inference: RunningService) -> str:
@@ -209,7 +211,8 @@ def test_the_command_line_shows_verdicts_and_the_state_of_the_lines(calibrated: 
     assert int(states["dim-hall"]["images"]) >= len(images)
     table = feddymem("status", "--inference", calibrated.inference.grpc)
     assert table.returncode == 0
-    assert "dim-hall" in table.stdout
+    assert f"parts: release {states['dim-hall']['release']}" in table.stdout
+    assert f"by {HELD_OUT} of its own images" in table.stdout
 
 
 def test_drift_is_shown_within_50_images_and_ends_with_another_release(calibrated: Calibrated) -> None:
