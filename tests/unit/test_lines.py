@@ -181,7 +181,7 @@ async def test_a_shadow_is_counted_and_answers_nothing(
 
 
 async def test_an_error_of_the_shadow_reaches_no_caller_and_is_told_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with inspecting(tmp_path) as (registry, inspector):
         await registry.receive(small_release(registry, 3, calibration=message(HIGH)))
@@ -194,7 +194,7 @@ async def test_an_error_of_the_shadow_reaches_no_caller_and_is_told_once(
 
         scorer = shadow.scorer("")
         assert isinstance(scorer, Scorer)
-        scorer.inspect_features = fail  # type: ignore[method-assign]
+        monkeypatch.setattr(scorer, "inspect_features", fail)
         for _ in range(3):
             assert await inspect(inspector) is False
         [state] = scoring(registry.active(), "")
