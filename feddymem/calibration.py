@@ -52,6 +52,7 @@ class Limit:
         reference: (images,) float64, ascending: their values, each through `scale`.
         scale: the mean of the site's own values where those of all sites are taken relative to it, else 1. So limits of
             many sites and rates share one reference.
+        scale_error: standard error of `scale` through `scale`: a mean of few values is off by about that.
     """
 
     threshold: float
@@ -60,6 +61,7 @@ class Limit:
     basis: Basis
     reference: NDArray[np.float64] = field(repr=False)
     scale: float = 1.0
+    scale_error: float = 0.0
 
     def p_value(self, value: float) -> float:
         """Share of normal images that are at least as anomalous, the image itself among them; above 0, at most 1."""
@@ -122,7 +124,9 @@ class Normals:
         together = self._relative if relative else self._all
         if len(together) <= len(own):  # of nobody else there are any
             return _limit(own, rate, "site") if len(own) else None
-        return _limit(together, rate, "federation", float(own.mean()) if relative else 1.0)
+        if not relative:
+            return _limit(together, rate, "federation")
+        return _limit(together, rate, "federation", float(own.mean()), float(together.std()) / math.sqrt(len(own)))
 
     @functools.cached_property
     def _all(self) -> NDArray[np.float64]:
@@ -175,10 +179,13 @@ def _allowed(rate: float, images: int) -> int:
     return math.floor(rate * (images + 1) + 1e-9) - 1
 
 
-def _limit(reference: NDArray[np.float64], rate: float, basis: Basis, scale: float = 1.0) -> Limit:
+def _limit(
+    reference: NDArray[np.float64], rate: float, basis: Basis, scale: float = 1.0, scale_error: float = 0.0
+) -> Limit:
     allowed = max(0, _allowed(rate, len(reference)))
     highest = scale * float(reference[len(reference) - 1 - allowed])
     threshold = np.float32(highest)
     if float(threshold) <= highest:  # p falls to the rate above this value, not at it
         threshold = np.nextafter(threshold, np.float32(np.inf))
-    return Limit(float(threshold), (allowed + 1) / (len(reference) + 1), len(reference), basis, reference, scale)
+    guaranteed = (allowed + 1) / (len(reference) + 1)
+    return Limit(float(threshold), guaranteed, len(reference), basis, reference, scale, scale_error)

@@ -25,12 +25,17 @@ QUIET_IMAGES = 200
 """So many images in a row without new evidence, and the drift is over."""
 _BETS = ((0.1, 2.0), (0.3, 2.0), (0.5, 1.5), (0.7, 1.2))
 """How much is bet on p-values up to q: for each q its w. Chosen for shifts of one to two standard deviations."""
+_ERRORS = 2.0
+"""Standard errors that the mean of a site's few images is given."""
 _ROUNDING = 1e-6
 """Of a level: a value that lies on the grid must not be rounded up to the next one."""
 
 
 class DriftTest:
     """One site's images against its held-out ones. Its memory does not grow. Not for several threads at once.
+
+    Where those of all sites stand for a site's few, they are scaled by the mean of the few: the test takes it for as
+    high (for scores that rise; for those that fall, as low) as it may well be, or it would find the error of that mean.
 
     Args:
         limit: for the site's scores; its reference and scale are what is compared with.
@@ -41,24 +46,22 @@ class DriftTest:
     """
 
     def __init__(self, limit: Limit) -> None:
-        self._scale = limit.scale
-        levels = np.ceil(np.log(limit.reference) / np.log(STEP) - _ROUNDING).astype(np.int64)
-        self._reference = np.bincount(np.clip(levels, MIN_LEVEL, MAX_LEVEL) - MIN_LEVEL, minlength=_LEVELS)
+        error = min(_ERRORS * limit.scale_error, 0.5)
+        self._rising = _Evidence(limit, limit.scale * (1 + error), rising=True)
+        self._falling = _Evidence(limit, limit.scale * (1 - error), rising=False)
         self.found, self.images_since = False, 0
-        self._counts, self._images = self._reference.copy(), limit.images
-        self._rising = self._falling = 0.0
         self._quiet = 0
 
     def add(self, score: float) -> None:
         """Takes the next image's score into account."""
-        at_least, at_most = self._p_values(score)
-        self._rising = (1 + self._rising) * _bet(at_least)
-        self._falling = (1 + self._falling) * _bet(at_most)
-        evidence = (self._rising + self._falling) / 2 >= EVIDENCE
+        rounded = STEP ** level_of(score)
+        # Once there is drift, images are compared with those held out alone: they must not vouch for each other.
+        for each in (self._rising, self._falling):
+            each.add(rounded, keep=not self.found)
         if self.found:
             self.images_since += 1
             self._quiet += 1
-        if evidence:
+        if self._rising.value + self._falling.value >= 2 * EVIDENCE:
             self.found = True
             self._begin_anew()
         elif self._quiet >= QUIET_IMAGES:
@@ -66,24 +69,51 @@ class DriftTest:
             self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._counts, self._images = self._reference.copy(), int(self._reference.sum())
-        self._rising = self._falling = 0.0
+        self._rising.begin()
+        self._falling.begin()
         self._quiet = 0
 
-    def _p_values(self, score: float) -> tuple[float, float]:
-        """Shares of images, this one among them, that score at least and at most as high.
 
-        Once there is drift, images are compared with those held out alone: they must not vouch for each other.
+class _Evidence:
+    """For scores that rise, or that fall.
+
+    Args:
+        limit: for the site's scores.
+        scale: that images are compared on.
+        rising: what it is for.
+
+    Attributes:
+        value: the statistic, R.
+    """
+
+    def __init__(self, limit: Limit, scale: float, rising: bool) -> None:
+        self._scale, self._rising = scale, rising
+        levels = np.ceil(np.log(limit.reference) / np.log(STEP) - _ROUNDING).astype(np.int64)
+        self._reference = np.bincount(np.clip(levels, MIN_LEVEL, MAX_LEVEL) - MIN_LEVEL, minlength=_LEVELS)
+        self._counts, self._images, self.value = self._reference.copy(), limit.images, 0.0
+
+    def begin(self) -> None:
+        """Forgets all images but those held out."""
+        self._counts, self._images, self.value = self._reference.copy(), int(self._reference.sum()), 0.0
+
+    def add(self, rounded: float, keep: bool) -> None:
+        """Bets on an image.
+
+        Args:
+            rounded: its score, rounded to the grid as those of the held-out images are.
+            keep: whether later images are compared with it.
         """
-        # Rounded as the held-out ones were: first up to the grid, then through the scale.
-        level = _level(STEP ** level_of(score) / self._scale)
-        at_least = int(self._counts[level:].sum())
-        at_most = self._images - at_least + int(self._counts[level])
-        images = self._images + 1
-        if not self.found:
+        self.value = (1 + self.value) * _bet(self.p_value(rounded, keep))
+
+    def p_value(self, rounded: float, keep: bool) -> float:
+        """Share of images, this one among them, that score at least as high; at most, for scores that fall."""
+        level = _level(rounded / self._scale)
+        others = int((self._counts[level:] if self._rising else self._counts[: level + 1]).sum())
+        p_value = (others + 1) / (self._images + 1)
+        if keep:
             self._counts[level] += 1
-            self._images = images
-        return (at_least + 1) / images, (at_most + 1) / images
+            self._images += 1
+        return p_value
 
 
 _LEVELS = MAX_LEVEL - MIN_LEVEL + 1

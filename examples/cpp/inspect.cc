@@ -1,4 +1,4 @@
-// Sends image files to an inference service and prints what it finds: inspect SERVER THRESHOLD IMAGE...
+// Sends image files to an inference service and prints what it finds: inspect SERVER SITE IMAGE...
 
 #include <grpcpp/grpcpp.h>
 
@@ -39,11 +39,16 @@ std::unique_ptr<v1::InspectionService::Stub> Connect(const std::string& server) 
       grpc::CreateCustomChannel(server, grpc::InsecureChannelCredentials(), arguments));
 }
 
-bool Inspect(v1::InspectionService::Stub& stub, const std::string& path, float threshold) {
+const char* Name(v1::Verdict verdict) {
+  if (verdict == v1::VERDICT_ANOMALOUS) return "anomalous";
+  return verdict == v1::VERDICT_NORMAL ? "normal" : "unjudged";  // of a release without a calibration
+}
+
+bool Inspect(v1::InspectionService::Stub& stub, const std::string& path, const std::string& site) {
   std::ifstream file(path, std::ios::binary);
   v1::InspectRequest request;
   request.set_encoded(std::string(std::istreambuf_iterator<char>(file), {}));
-  request.set_threshold(threshold);
+  request.set_site(site);
 
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + kTimeout);
@@ -53,20 +58,22 @@ bool Inspect(v1::InspectionService::Stub& stub, const std::string& path, float t
     std::cerr << path << ": " << status.error_message() << " (status " << status.error_code() << ")\n";
     return false;
   }
-  std::cout << path << ": score " << response.score() << ", "
-            << (response.verdict() == v1::VERDICT_ANOMALOUS ? "anomalous" : "normal") << ", release "
+  std::cout << path << ": score " << response.score() << ", " << Name(response.verdict()) << ", release "
             << response.release() << "\n";
+  if (response.has_guarantee()) {
+    std::cout << "  p " << response.p_value() << "; of normal images at most " << response.guarantee().false_alarm_rate()
+              << " are anomalous, by " << response.guarantee().images() << " of them\n";
+  }
   return true;
 }
 
 int main(int count, char** arguments) {
   if (count < 4) {
-    std::cerr << "usage: inspect SERVER THRESHOLD IMAGE...\n";
+    std::cerr << "usage: inspect SERVER SITE IMAGE...\n";
     return 2;
   }
   const auto stub = Connect(arguments[1]);
-  const float threshold = std::stof(arguments[2]);
   bool all = true;
-  for (int i = 3; i < count; ++i) all = Inspect(*stub, arguments[i], threshold) && all;
+  for (int i = 3; i < count; ++i) all = Inspect(*stub, arguments[i], arguments[2]) && all;
   return all ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-// Sends image files to an inference service and prints what it finds: dotnet run -- SERVER THRESHOLD IMAGE...
+// Sends image files to an inference service and prints what it finds: dotnet run -- SERVER SITE IMAGE...
 
 using System;
 using System.IO;
@@ -18,17 +18,16 @@ public static class Program
     {
         if (arguments.Length < 3)
         {
-            Console.Error.WriteLine("usage: inspect SERVER THRESHOLD IMAGE...");
+            Console.Error.WriteLine("usage: inspect SERVER SITE IMAGE...");
             return 2;
         }
         using (var channel = Connect(arguments[0]))
         {
             var client = new InspectionService.InspectionServiceClient(channel);
-            var threshold = float.Parse(arguments[1], System.Globalization.CultureInfo.InvariantCulture);
             var all = true;
             for (var i = 2; i < arguments.Length; i++)
             {
-                all &= await Inspect(client, arguments[i], threshold);
+                all &= await Inspect(client, arguments[i], arguments[1]);
             }
             return all ? 0 : 1;
         }
@@ -62,18 +61,29 @@ public static class Program
     }
 
     private static async Task<bool> Inspect(
-        InspectionService.InspectionServiceClient client, string path, float threshold)
+        InspectionService.InspectionServiceClient client, string path, string site)
     {
         var request = new InspectRequest
         {
             Encoded = ByteString.CopyFrom(File.ReadAllBytes(path)),
-            Threshold = threshold,
+            Site = site,
         };
         try
         {
             var response = await client.InspectAsync(request, deadline: DateTime.UtcNow + Timeout);
-            var verdict = response.Verdict == Verdict.Anomalous ? "anomalous" : "normal";
+            var verdict = response.Verdict switch
+            {
+                Verdict.Anomalous => "anomalous",
+                Verdict.Normal => "normal",
+                _ => "unjudged", // of a release without a calibration
+            };
             Console.WriteLine($"{path}: score {response.Score}, {verdict}, release {response.Release}");
+            if (response.Guarantee != null)
+            {
+                var known = response.Guarantee;
+                Console.WriteLine(
+                    $"  p {response.PValue}; of normal images at most {known.FalseAlarmRate} are anomalous, by {known.Images} of them");
+            }
             return true;
         }
         catch (RpcException error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
@@ -24,7 +26,9 @@ def inference_status(server: str, tls_dir: Path | None, federation: str, as_json
     if as_json:
         print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    Console().print(_table(response))
+    console = Console()
+    for name, states in itertools.groupby(response.scoring, key=lambda state: state.federation):
+        console.print(_table(name, list(states)))
 
 
 def get_inspection_status(
@@ -42,15 +46,15 @@ def get_inspection_status(
         )
 
 
-def _table(response: GetInspectionStatusResponse) -> Table:
+def _table(federation: str, states: Sequence[ScoringStatus]) -> Table:
+    releases = ", ".join(str(release) for release in sorted({state.release for state in states}))
     table = Table(
-        *("federation", "site", "release", "threshold", "false alarms", "images", "recent alarms", "drift", "shadow")
+        *("site", "threshold", "false alarms", "images", "recent alarms", "drift", "shadow"),
+        title=f"{federation}: release {releases}",
     )
-    for state in response.scoring:
+    for state in states:
         table.add_row(
-            state.federation,
             state.site or "-",
-            str(state.release),
             f"{state.threshold:.4f}" if state.HasField("threshold") else "-",
             _guaranteed(state),
             str(state.images),

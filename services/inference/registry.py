@@ -144,6 +144,7 @@ class Registry:
             Refusal, InvalidBankError: it does not fit this service; the shadow before it has ended all the same.
         """
         self._shadows.pop(release.federation, None)
+        await self._cast_shadow(release.federation)
         try:
             if release.version:
                 self._shadows[release.federation] = await asyncio.to_thread(self._store.open, release)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,21 +18,20 @@ from numpy.typing import NDArray
 from benchmarks.publishing import Publishing
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.calibration import Calibration, SiteCalibration, site_key
-from feddymem.client import HeatScale, InspectionClient, InvalidRequestError, Verdict
+from feddymem.client import InspectionClient, InvalidRequestError, Verdict
 from feddymem.datasets import SiteData
 from feddymem.federation import federate
 from feddymem.hold_out import calibrate
 from feddymem.images import decode_file
 from feddymem.maps import anomaly_map, coloured, heatmap_png, regions
 from feddymem.method import Method
-from feddymem.patches import PatchArray
+from feddymem.patches import PatchArray, PatchSource
 from feddymem.scoring import Scorer
 from feddymem.sketch import ScoreSketch
 from feddymem.verdicts import ReleaseLimits, judge
 from services.cli.inference_status import get_inspection_status
 from services.demo.processes import Fleet, RunningService
-from services.runtime.arrays import bank_to_wire
-from tests.integration.test_lifecycle import run_service
+from services.runtime.arrays import bank_from_wire, bank_to_wire
 
 RATE = 0.1
 SITES = ("brick-hall", "dim-hall")
@@ -66,10 +68,10 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, products: dict[str, Sit
     def patches(images: tuple[Path, ...]) -> PatchArray:
         return PatchArray(np.concatenate([extractor(extractor.prepare(decode_file(p))[None]).numpy() for p in images]))
 
-    banks = {name: patches(site.train[HELD_OUT:]) for name, site in sites.items()}
+    banks: dict[str, PatchSource] = {name: patches(site.train[HELD_OUT:]) for name, site in sites.items()}
     memory = federate(banks, Method(bank_items=200, memory_items=400)).memory
-    arrays = bank_to_wire(memory, "float32")
-    scorer = Scorer(extractor, memory, None)
+    arrays = bank_to_wire(memory, "float16")
+    scorer = Scorer(extractor, bank_from_wire((array.manifest, array.data) for array in arrays), None)
     held_out = {
         site_key("parts", name): calibrate(scorer, patches(site.train[:HELD_OUT])) for name, site in sites.items()
     }
@@ -86,6 +88,12 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, products: dict[str, Sit
         limits = ReleaseLimits("parts", calibration)
         yield Calibrated(inference, publishing, sites, extractor, scorer, limits, publish, calibration)
     publishing.stop()
+
+
+def feddymem(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.cli", *arguments]
+    wide = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=wide)
 
 
 def metrics(inference: RunningService) -> str:
@@ -140,9 +148,9 @@ def test_a_normal_part_stays_dark_and_a_defect_glows(calibrated: Calibrated) -> 
             for image in site.test:
                 found = client.inspect(image.path, map_kind="png", regions=True)
                 assert found.heatmap is not None
-                assert found.scale == HeatScale(
-                    pytest.approx(limits.heat_scale.first), pytest.approx(limits.heat_scale.last)
-                )
+                assert found.scale is not None
+                assert found.scale.first == pytest.approx(limits.heat_scale.first)
+                assert found.scale.last == pytest.approx(limits.heat_scale.last)
                 first = (found.heatmap == colours[0]).all(axis=2).mean()
                 dark += not image.defect and first > 0.95
                 glowing += image.defect and (found.heatmap == colours[1]).all(axis=2).any()
@@ -190,20 +198,21 @@ def test_the_command_line_shows_verdicts_and_the_state_of_the_lines(calibrated: 
         "--csv",
         str(tmp_path / "out.csv"),
     )
-    done = run_service("inspect", *images, *common, "--false-alarm-rate", "0.2", "--json")
+    done = feddymem("inspect", *images, *common, "--false-alarm-rate", "0.2", "--json")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["verdict"] for row in rows} == {"normal", "anomalous"}
     assert all((row["p_value"] <= 0.2) == (row["verdict"] == "anomalous") for row in rows)
     assert {row["guaranteed_images"] for row in rows} == {HELD_OUT}
     assert "p_value" in (tmp_path / "out.csv").read_text().splitlines()[0]
-    shown = run_service("status", "--inference", calibrated.inference.grpc, "--json")
+    shown = feddymem("status", "--inference", calibrated.inference.grpc, "--json")
     states = {each["site"]: each for each in json.loads(shown.stdout)["scoring"]}
     assert states["dim-hall"]["guarantee"]["images"] == HELD_OUT
     assert int(states["dim-hall"]["images"]) >= len(images)
-    table = run_service("status", "--inference", calibrated.inference.grpc)
+    table = feddymem("status", "--inference", calibrated.inference.grpc)
     assert table.returncode == 0
-    assert "dim-hall" in table.stdout
+    assert f"parts: release {states['dim-hall']['release']}" in table.stdout
+    assert f"by {HELD_OUT} of its own images" in table.stdout
 
 
 def test_drift_is_shown_within_50_images_and_ends_with_another_release(calibrated: Calibrated) -> None:

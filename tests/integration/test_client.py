@@ -299,8 +299,7 @@ def test_the_documented_cpp_builds_and_runs(system: System, defect: Path, tmp_pa
     )
     assert run.returncode == 0, run.stderr
     with InspectionClient(system.inference.grpc) as client:
-        expected = client.inspect(defect, threshold=2.5)
-    assert expected.verdict is not None
+        expected = client.inspect(defect)
     score, verdict = re.search(r"score (\S+), (\w+), release 2", run.stdout).groups()  # type: ignore[union-attr]
     assert float(score) == pytest.approx(expected.score, rel=1e-4)
-    assert verdict == expected.verdict.value
+    assert verdict == (expected.verdict.value if expected.verdict else "unjudged")

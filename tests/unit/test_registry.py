@@ -184,9 +184,9 @@ def small_registry(folder: Path) -> Registry:
     return Registry(InferenceSettings(aggregator="127.0.0.1:1", state_dir=folder, device="cpu"))
 
 
-def small_release(registry: Registry, version: int, seed: int = 0, **fields: Any) -> Release:
+def small_release(registry: Registry, version: int, seed: int = 0, input_size: int = 32, **fields: Any) -> Release:
     """A release of the embedded backbone at a small size, whose arrays are in the store."""
-    space = load_extractor(input_size=32, device="cpu").feature_space
+    space = load_extractor(input_size=input_size, device="cpu").feature_space
     items = np.random.default_rng(seed).normal(size=(20, space.channels)).astype(np.float32)
     arrays = bank_to_wire(MemoryBank(items, np.ones((20, 1), np.float32), np.ones(20, np.float32)), "float16")
     for array in arrays:

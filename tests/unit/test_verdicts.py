@@ -40,8 +40,8 @@ def test_an_image_is_anomalous_from_the_threshold_on_and_then_only_is_its_p_valu
         assert (judgement.p_value <= RATE) == anomalous
         assert judgement.normalised is not None
         assert (judgement.normalised >= 0.5) == anomalous
-    assert judgement.limit is found.scores
-    assert judgement.threshold == found.scores.threshold
+        assert judgement.limit is found.scores
+        assert judgement.threshold == found.scores.threshold
 
 
 def test_a_threshold_of_ones_own_wins_and_guarantees_nothing() -> None:
