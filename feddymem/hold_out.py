@@ -44,10 +44,18 @@ def calibrate(scorer: Scorer, images: PatchSource | None, progress: Progress = n
     """
     if images is None:
         return SiteCalibration()
+    found = scores_and_peaks(scorer, images, progress)
+    return SiteCalibration(ScoreSketch.of(score for score, _ in found), ScoreSketch.of(peak for _, peak in found))
+
+
+def scores_and_peaks(
+    scorer: Scorer, images: PatchSource, progress: Progress = no_progress
+) -> list[tuple[float, float]]:
+    """Each image's score, and the largest value of its anomaly map at the input size."""
     side = scorer.extractor.feature_space.input_size
     found: list[tuple[float, float]] = []
     for block in images.blocks():
         inspections: list[Inspection] = scorer.inspect_features(block.to(scorer.extractor.device))
         found += [(each.score, float(anomaly_map(each.distances, (side, side)).max())) for each in inspections]
         progress("calibration", len(found), images.images)
-    return SiteCalibration(ScoreSketch.of(score for score, _ in found), ScoreSketch.of(peak for _, peak in found))
+    return found

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from feddymem.client import Verdict
 from feddymem.datasets import TestImage
-from feddymem.evaluation import detect
+from feddymem.evaluation import Alarms, alarms, detect
 from feddymem.images import decode_file
 from feddymem.maps import coloured
 
@@ -33,11 +34,13 @@ class ScoredImage:
     Attributes:
         image: the test image.
         score: its anomaly score.
+        verdict: what it was found to be; None without a calibration.
         anomalies: (input_size, input_size) float32 anomaly map.
     """
 
     image: TestImage
     score: float
+    verdict: Verdict | None
     anomalies: NDArray[np.float32]
 
 
@@ -65,13 +68,21 @@ class SiteReport:
         """(n,) anomaly scores."""
         return np.array([scored.score for scored in self.scored], np.float64)
 
+    @property
+    def anomalous(self) -> NDArray[np.bool_] | None:
+        """(n,) True for what was found anomalous; None where there were no verdicts."""
+        if any(scored.verdict is None for scored in self.scored):
+            return None
+        return np.array([scored.verdict is Verdict.ANOMALOUS for scored in self.scored], bool)
+
     @cached_property
     def figures(self) -> dict[str, float | None]:
         """What report.json says of the site; null where it cannot be said."""
         masks = [s.image.read_mask(_size(s.anomalies)) if s.image.mask is not None else None for s in self.scored]
         detection = detect(self.labels, self.scores, masks, [s.anomalies for s in self.scored])
+        called = Alarms(math.nan, math.nan) if self.anomalous is None else alarms(self.labels, self.anomalous)
         return {
-            **{name: _finite(value) for name, value in asdict(detection).items()},
+            **{name: _finite(value) for name, value in {**asdict(detection), **asdict(called)}.items()},
             "local_image_auroc": _finite(self.local_image_auroc),
             "bytes_per_round": max(self.bytes_sent, default=None),
         }
@@ -154,10 +165,12 @@ def _cases(site: SiteReport) -> dict[str, list[tuple[str, str]]]:
         "worst: good images with the highest scores": good[::-1][:_CASES],
     }
     full_scale = max((float(s.anomalies.max()) for s in site.scored), default=1.0)
-    return {
-        title: [(f"{s.image.kind}/{s.image.path.name}: {s.score:.2f}", _overlay(s, full_scale)) for s in group]
-        for title, group in chosen.items()
-    }
+    return {title: [(_caption(s), _overlay(s, full_scale)) for s in group] for title, group in chosen.items()}
+
+
+def _caption(scored: ScoredImage) -> str:
+    verdict = "" if scored.verdict is None else f", {scored.verdict.value}"
+    return f"{scored.image.kind}/{scored.image.path.name}: {scored.score:.2f}{verdict}"
 
 
 def _overlay(scored: ScoredImage, full_scale: float) -> str:
