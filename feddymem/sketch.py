@@ -60,7 +60,7 @@ class ScoreSketch:
     @staticmethod
     def of(scores: Iterable[float]) -> ScoreSketch:
         """The sketch of scores, each finite and at least 0."""
-        return _counted(Counter(map(_level, scores)))
+        return _counted(Counter(map(level_of, scores)))
 
     @staticmethod
     def merged(sketches: Iterable[ScoreSketch]) -> ScoreSketch:
@@ -88,7 +88,12 @@ def _counted(counts: Counter[int]) -> ScoreSketch:
     return ScoreSketch(tuple(levels), tuple(counts[level] for level in levels))
 
 
-def _level(score: float) -> int:
+def level_of(score: float) -> int:
+    """The level of a score, finite and at least 0.
+
+    Raises:
+        InvalidSketchError: it is not.
+    """
     if not (math.isfinite(score) and score >= 0):
         raise InvalidSketchError(f"score is {score}; expected a finite number of at least 0")
     return MIN_LEVEL + min(int(np.searchsorted(_GRID, score)), MAX_LEVEL - MIN_LEVEL)
