@@ -197,8 +197,7 @@ def evaluate(
         from services.evaluate.main import evaluate as run
 
     chosen = Backbone(backbone, checkpoint, input_size, tile_size, tile_overlap, device)
-    sizes = {} if memory_items is None else {"memory_items": memory_items}
-    method = Method(hold_out_share=hold_out_share, **sizes)
+    method = Method(memory_items=memory_items or Method().memory_items, hold_out_share=hold_out_share)
     raise typer.Exit(run(data, out, methods, seeds, train_images, method, cache, chosen))
 
 
