@@ -52,7 +52,9 @@ class Limit:
             too few for it.
         images: number of held-out images that this rests on.
         basis: "site" where they are the site's own; "federation" where those of other sites are among them.
-        reference: (images,) float64, ascending: their values.
+        reference: (images,) float64, ascending: their values, each through `scale`.
+        scale: the mean of the site's own values where those of all sites are taken relative to it, else 1. So limits of
+            many sites and rates share one reference.
     """
 
     threshold: float
@@ -60,25 +62,38 @@ class Limit:
     images: int
     basis: Basis
     reference: NDArray[np.float64] = field(repr=False)
+    scale: float = 1.0
 
     def p_value(self, value: float) -> float:
         """Share of normal images that are at least as anomalous, the image itself among them; above 0, at most 1."""
-        below = int(np.searchsorted(self.reference, value, side="left"))
+        below = int(self.reference.searchsorted(value / self.scale))
         return (1 + self.images - below) / (self.images + 1)
 
-    @property
+    @functools.cached_property
     def low(self) -> float:
         """Value that stands for 0 on the scale: the median of the held-out images."""
-        return min(float(np.median(self.reference)), _NARROWEST * self.threshold)
+        return min(self.scale * float(np.median(self.reference)), _NARROWEST * self.threshold)
 
-    @property
+    @functools.cached_property
     def full(self) -> float:
         """Value that stands for 1 on the scale: as far above the threshold as 0 is below it."""
         return 2 * self.threshold - self.low
 
     def normalised(self, value: float) -> float:
         """A value on a scale from 0, as the usual normal image, over 0.5, the threshold, to 1."""
+        if self.threshold == 0:  # somebody's own: nothing is below it, and anything above is as far as can be
+            return 1.0 if value > 0 else 0.5
         return min(1.0, max(0.0, 0.5 + (value - self.threshold) / (self.full - self.low)))
+
+    def highest_rate(self, images: int) -> float:
+        """Share of so many normal images that may be called anomalous by chance: three standard deviations above the
+        rate. The held-out images are a sample, too, so that the share is beta-binomial, not binomial.
+
+        Args:
+            images: at least 1.
+        """
+        variance = self.rate * (1 - self.rate) * (1 / (self.images + 2) + 1 / images)
+        return min(1.0, self.rate + 3 * math.sqrt(variance))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,14 +121,14 @@ class Normals:
         own = self._scores.get(site, np.zeros(0))
         if _allowed(rate, len(own)) >= 0:
             return _limit(own, rate, "site")
-        together, basis = self._together(own), "federation"
+        relative = len(own) > 1 and len(self._relative) > 0
+        together = self._relative if relative else self._all
         if len(together) <= len(own):  # of nobody else there are any
-            together, basis = own, "site"
-        return _limit(together, rate, basis) if len(together) else None  # type: ignore[arg-type]
+            return _limit(own, rate, "site") if len(own) else None
+        return _limit(together, rate, "federation", float(own.mean()) if relative else 1.0)
 
-    def _together(self, own: NDArray[np.float64]) -> NDArray[np.float64]:
-        if len(own) > 1 and len(self._relative):
-            return self._relative * float(own.mean())
+    @functools.cached_property
+    def _all(self) -> NDArray[np.float64]:
         return np.sort(np.concatenate([*self._scores.values(), np.zeros(0)]))
 
     @functools.cached_property
@@ -169,10 +184,10 @@ def _allowed(rate: float, images: int) -> int:
     return math.floor(rate * (images + 1) + 1e-9) - 1
 
 
-def _limit(reference: NDArray[np.float64], rate: float, basis: Basis) -> Limit:
+def _limit(reference: NDArray[np.float64], rate: float, basis: Basis, scale: float = 1.0) -> Limit:
     allowed = max(0, _allowed(rate, len(reference)))
-    highest = float(reference[len(reference) - 1 - allowed])
+    highest = scale * float(reference[len(reference) - 1 - allowed])
     threshold = np.float32(highest)
     if float(threshold) <= highest:  # p falls to the rate above this value, not at it
         threshold = np.nextafter(threshold, np.float32(np.inf))
-    return Limit(float(threshold), (allowed + 1) / (len(reference) + 1), len(reference), basis, reference)
+    return Limit(float(threshold), (allowed + 1) / (len(reference) + 1), len(reference), basis, reference, scale)

@@ -27,6 +27,28 @@ _COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORM
 
 
 @dataclass(frozen=True)
+class HeatScale:
+    """What colours stand for: fixed before there is a map, and never stretched to one.
+
+    Attributes:
+        first: distance up to which the first colour stands.
+        last: distance from which the last one stands; above `first`.
+    """
+
+    first: float
+    last: float
+
+    @staticmethod
+    def of_memory(typical_distance: float) -> HeatScale:
+        """The scale of a release without a calibration.
+
+        Args:
+            typical_distance: `MemoryBank.typical_distance` of its memory.
+        """
+        return HeatScale(0.0, _FULL_SCALE * max(typical_distance, 1e-6))  # without spread, any distance is hot
+
+
+@dataclass(frozen=True)
 class Region:
     """Connected anomalous pixels, in pixels of the image as it was sent.
 
@@ -91,35 +113,35 @@ def regions(pixels: NDArray[np.float32], threshold: float, size: tuple[int, int]
     return tuple(sorted(found, key=lambda region: -region.peak))
 
 
-def coloured(distances: NDArray[np.float32], full_scale: float) -> NDArray[np.uint8]:
-    """An anomaly map in colours, on a scale that is given and never the map's own.
+def coloured(distances: NDArray[np.float32], scale: HeatScale) -> NDArray[np.uint8]:
+    """An anomaly map in colours.
 
     Args:
         distances: (height, width) float32.
-        full_scale: distance from which the last colour stands; above 0.
+        scale: of the colours.
 
     Returns:
         (height, width, 3) uint8, R, G, B.
     """
-    return _COLOURS[_levels(distances, full_scale)]
+    return _COLOURS[_levels(distances, scale)]
 
 
-def heatmap_png(distances: NDArray[np.float32], typical_distance: float) -> bytes:
-    """An anomaly map in colours, on a scale that is fixed by the memory.
+def heatmap_png(distances: NDArray[np.float32], scale: HeatScale) -> bytes:
+    """An anomaly map in colours.
 
     Args:
         distances: (height, width) float32, from `anomaly_map`.
-        typical_distance: `MemoryBank.typical_distance` of the memory.
+        scale: of the colours.
 
     Returns:
         A PNG file of 256 colours, as large as the map.
     """
-    full_scale = _FULL_SCALE * max(typical_distance, 1e-6)  # without spread, any distance is hot
-    return _png(_levels(distances, full_scale))
+    return _png(_levels(distances, scale))
 
 
-def _levels(distances: NDArray[np.float32], full_scale: float) -> NDArray[np.uint8]:
-    return (np.clip(distances, 0, full_scale) * np.float32(255 / full_scale)).astype(np.uint8)
+def _levels(distances: NDArray[np.float32], scale: HeatScale) -> NDArray[np.uint8]:
+    above = np.clip(distances, scale.first, scale.last) - np.float32(scale.first)
+    return (above * np.float32(255 / (scale.last - scale.first))).astype(np.uint8)
 
 
 def _png(levels: NDArray[np.uint8]) -> bytes:

@@ -2,8 +2,8 @@
 
 Example:
     with InspectionClient("127.0.0.1:7072", site="plant-a") as client:
-        result = client.inspect("part.png", threshold=2.5)
-        print(result.score, result.verdict)
+        result = client.inspect("part.png")
+        print(result.score, result.verdict, result.p_value)
 
 docs/clients.md has more, and callers in other languages.
 """
@@ -22,13 +22,15 @@ from feddymem.client.errors import (
 )
 from feddymem.client.images import Image
 from feddymem.client.requests import Wishes
-from feddymem.client.results import InspectionResult, Verdict
+from feddymem.client.results import Guarantee, InspectionResult, Verdict
 from feddymem.client.synchronous import InspectionClient
 from feddymem.client.tls import TlsError
-from feddymem.maps import MapKind, Region
+from feddymem.maps import HeatScale, MapKind, Region
 
 __all__ = [
     "AsyncInspectionClient",
+    "Guarantee",
+    "HeatScale",
     "Image",
     "InspectionClient",
     "InspectionError",

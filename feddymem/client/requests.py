@@ -28,14 +28,20 @@ class Wishes(TypedDict, total=False):
     Attributes:
         map_kind: whether and how the anomaly map is wanted: "float32" for distances, "png" for colours, "none"
             without it.
-        threshold: anomaly score from which the verdict is anomalous; without it there is no verdict.
-        pixel_threshold: distance from which pixels make up regions; without it there are no regions.
+        threshold: anomaly score from which the verdict is anomalous; without it, the one that the release's calibration
+            gives for the site and the false-alarm rate.
+        pixel_threshold: distance from which pixels make up regions; without it, the calibrated one.
+        false_alarm_rate: share of normal images that may be called anomalous, above 0 and below 1; without it, the
+            federation's.
+        regions: whether regions are wanted; they are, too, with a `pixel_threshold`.
         timeout_seconds: longest wait for the result, all attempts together; without it, the client's.
     """
 
     map_kind: MapKind
     threshold: float | None
     pixel_threshold: float | None
+    false_alarm_rate: float | None
+    regions: bool
     timeout_seconds: float
 
 
@@ -71,6 +77,8 @@ class ClientSettings:
             map_format=_MAP_FORMATS[kind],
             threshold=wishes.get("threshold"),
             pixel_threshold=wishes.get("pixel_threshold"),
+            false_alarm_rate=wishes.get("false_alarm_rate"),
+            regions=wishes.get("regions", False),
         )
         _fill(request, as_library_image(image))
         return request

@@ -25,45 +25,45 @@ _sym_db = _symbol_database.Default()
 from feddymem.v1 import feedback_pb2 as feddymem_dot_v1_dot_feedback__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x64ymem/v1/inspection.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x1a\x66\x65\x64\x64ymem/v1/feedback.proto\"W\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x62its\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\xbd\x02\n\x0eInspectRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x11\n\x07\x65ncoded\x18\x03 \x01(\x0cH\x00\x12$\n\x03raw\x18\x04 \x01(\x0b\x32\x15.feddymem.v1.RawImageH\x00\x12*\n\nmap_format\x18\x05 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x16\n\tthreshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x0fpixel_threshold\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\x1d\n\x10\x66\x61lse_alarm_rate\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x0f\n\x07regions\x18\t \x01(\x08\x42\x07\n\x05imageB\x0c\n\n_thresholdB\x12\n\x10_pixel_thresholdB\x13\n\x11_false_alarm_rate\"^\n\x06Region\x12\x0b\n\x03top\x18\x01 \x01(\r\x12\x0c\n\x04left\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0c\n\x04\x61rea\x18\x05 \x01(\r\x12\x0c\n\x04peak\x18\x06 \x01(\x02\"a\n\nAnomalyMap\x12&\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xcf\x03\n\x0fInspectResponse\x12\r\n\x05score\x18\x01 \x01(\x02\x12$\n\x03map\x18\x02 \x01(\x0b\x32\x17.feddymem.v1.AnomalyMap\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x0f\n\x07release\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\x12%\n\x07verdict\x18\x08 \x01(\x0e\x32\x14.feddymem.v1.Verdict\x12$\n\x07regions\x18\t \x03(\x0b\x32\x13.feddymem.v1.Region\x12\x16\n\tthreshold\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x1c\n\x0fpixel_threshold\x18\x0b \x01(\x02H\x01\x88\x01\x01\x12\x1d\n\x10normalised_score\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07p_value\x18\r \x01(\x01H\x03\x88\x01\x01\x12)\n\tguarantee\x18\x0e \x01(\x0b\x32\x16.feddymem.v1.GuaranteeB\x0c\n\n_thresholdB\x12\n\x10_pixel_thresholdB\x13\n\x11_normalised_scoreB\n\n\x08_p_value\"G\n\tGuarantee\x12\x18\n\x10\x66\x61lse_alarm_rate\x18\x01 \x01(\x01\x12\x0e\n\x06images\x18\x02 \x01(\r\x12\x10\n\x08own_site\x18\x03 \x01(\x08\"\x7f\n\x15ReportFeedbackRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x65ncoded\x18\x03 \x01(\x0c\x12%\n\x07opinion\x18\x04 \x01(\x0e\x32\x14.feddymem.v1.Opinion\x12\x0c\n\x04note\x18\x05 \x01(\t\"\'\n\x16ReportFeedbackResponse\x12\r\n\x05image\x18\x01 \x01(\t\"0\n\x1aGetInspectionStatusRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\"J\n\x1bGetInspectionStatusResponse\x12+\n\x07scoring\x18\x01 \x03(\x0b\x32\x1a.feddymem.v1.ScoringStatus\"\xde\x02\n\rScoringStatus\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\r\x12\x16\n\tthreshold\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12)\n\tguarantee\x18\x05 \x01(\x0b\x32\x16.feddymem.v1.Guarantee\x12\x0e\n\x06images\x18\x06 \x01(\x04\x12\x15\n\rrecent_images\x18\x07 \x01(\r\x12\x15\n\rrecent_alarms\x18\x08 \x01(\r\x12\r\n\x05\x64rift\x18\t \x01(\x08\x12\x1a\n\x12images_since_drift\x18\n \x01(\x04\x12\x0e\n\x06shadow\x18\x0b \x01(\r\x12\x15\n\rshadow_images\x18\x0c \x01(\x04\x12\x1a\n\x12shadow_only_alarms\x18\r \x01(\x04\x12\x1d\n\x15shadow_missing_alarms\x18\x0e \x01(\x04\x42\x0c\n\n_threshold\"P\n\x14InspectStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07inspect\x18\x02 \x01(\x0b\x32\x1b.feddymem.v1.InspectRequest\"-\n\x0cInspectError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8a\x01\n\x15InspectStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.feddymem.v1.InspectResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.feddymem.v1.InspectErrorH\x00\x42\t\n\x07outcome*S\n\tMapFormat\x12\x1a\n\x16MAP_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12MAP_FORMAT_FLOAT32\x10\x01\x12\x12\n\x0eMAP_FORMAT_PNG\x10\x02*M\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_NORMAL\x10\x01\x12\x15\n\x11VERDICT_ANOMALOUS\x10\x02\x32\xfa\x02\n\x11InspectionService\x12\x44\n\x07Inspect\x12\x1b.feddymem.v1.InspectRequest\x1a\x1c.feddymem.v1.InspectResponse\x12Z\n\rInspectStream\x12!.feddymem.v1.InspectStreamRequest\x1a\".feddymem.v1.InspectStreamResponse(\x01\x30\x01\x12Y\n\x0eReportFeedback\x12\".feddymem.v1.ReportFeedbackRequest\x1a#.feddymem.v1.ReportFeedbackResponse\x12h\n\x13GetInspectionStatus\x12\'.feddymem.v1.GetInspectionStatusRequest\x1a(.feddymem.v1.GetInspectionStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x64ymem/v1/inspection.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x1a\x66\x65\x64\x64ymem/v1/feedback.proto\"W\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x62its\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\xbd\x02\n\x0eInspectRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x11\n\x07\x65ncoded\x18\x03 \x01(\x0cH\x00\x12$\n\x03raw\x18\x04 \x01(\x0b\x32\x15.feddymem.v1.RawImageH\x00\x12*\n\nmap_format\x18\x05 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x16\n\tthreshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x0fpixel_threshold\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\x1d\n\x10\x66\x61lse_alarm_rate\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x0f\n\x07regions\x18\t \x01(\x08\x42\x07\n\x05imageB\x0c\n\n_thresholdB\x12\n\x10_pixel_thresholdB\x13\n\x11_false_alarm_rate\"^\n\x06Region\x12\x0b\n\x03top\x18\x01 \x01(\r\x12\x0c\n\x04left\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0c\n\x04\x61rea\x18\x05 \x01(\r\x12\x0c\n\x04peak\x18\x06 \x01(\x02\"\x8c\x01\n\nAnomalyMap\x12&\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x16.feddymem.v1.MapFormat\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66irst_colour\x18\x05 \x01(\x02\x12\x13\n\x0blast_colour\x18\x06 \x01(\x02\"\xcf\x03\n\x0fInspectResponse\x12\r\n\x05score\x18\x01 \x01(\x02\x12$\n\x03map\x18\x02 \x01(\x0b\x32\x17.feddymem.v1.AnomalyMap\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x0f\n\x07release\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\x12%\n\x07verdict\x18\x08 \x01(\x0e\x32\x14.feddymem.v1.Verdict\x12$\n\x07regions\x18\t \x03(\x0b\x32\x13.feddymem.v1.Region\x12\x16\n\tthreshold\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x1c\n\x0fpixel_threshold\x18\x0b \x01(\x02H\x01\x88\x01\x01\x12\x1d\n\x10normalised_score\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07p_value\x18\r \x01(\x01H\x03\x88\x01\x01\x12)\n\tguarantee\x18\x0e \x01(\x0b\x32\x16.feddymem.v1.GuaranteeB\x0c\n\n_thresholdB\x12\n\x10_pixel_thresholdB\x13\n\x11_normalised_scoreB\n\n\x08_p_value\"G\n\tGuarantee\x12\x18\n\x10\x66\x61lse_alarm_rate\x18\x01 \x01(\x01\x12\x0e\n\x06images\x18\x02 \x01(\r\x12\x10\n\x08own_site\x18\x03 \x01(\x08\"\x7f\n\x15ReportFeedbackRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x65ncoded\x18\x03 \x01(\x0c\x12%\n\x07opinion\x18\x04 \x01(\x0e\x32\x14.feddymem.v1.Opinion\x12\x0c\n\x04note\x18\x05 \x01(\t\"\'\n\x16ReportFeedbackResponse\x12\r\n\x05image\x18\x01 \x01(\t\"0\n\x1aGetInspectionStatusRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\"J\n\x1bGetInspectionStatusResponse\x12+\n\x07scoring\x18\x01 \x03(\x0b\x32\x1a.feddymem.v1.ScoringStatus\"\xde\x02\n\rScoringStatus\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\r\x12\x16\n\tthreshold\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12)\n\tguarantee\x18\x05 \x01(\x0b\x32\x16.feddymem.v1.Guarantee\x12\x0e\n\x06images\x18\x06 \x01(\x04\x12\x15\n\rrecent_images\x18\x07 \x01(\r\x12\x15\n\rrecent_alarms\x18\x08 \x01(\r\x12\r\n\x05\x64rift\x18\t \x01(\x08\x12\x1a\n\x12images_since_drift\x18\n \x01(\x04\x12\x0e\n\x06shadow\x18\x0b \x01(\r\x12\x15\n\rshadow_images\x18\x0c \x01(\x04\x12\x1a\n\x12shadow_only_alarms\x18\r \x01(\x04\x12\x1d\n\x15shadow_missing_alarms\x18\x0e \x01(\x04\x42\x0c\n\n_threshold\"P\n\x14InspectStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07inspect\x18\x02 \x01(\x0b\x32\x1b.feddymem.v1.InspectRequest\"-\n\x0cInspectError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8a\x01\n\x15InspectStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.feddymem.v1.InspectResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.feddymem.v1.InspectErrorH\x00\x42\t\n\x07outcome*S\n\tMapFormat\x12\x1a\n\x16MAP_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12MAP_FORMAT_FLOAT32\x10\x01\x12\x12\n\x0eMAP_FORMAT_PNG\x10\x02*M\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_NORMAL\x10\x01\x12\x15\n\x11VERDICT_ANOMALOUS\x10\x02\x32\xfa\x02\n\x11InspectionService\x12\x44\n\x07Inspect\x12\x1b.feddymem.v1.InspectRequest\x1a\x1c.feddymem.v1.InspectResponse\x12Z\n\rInspectStream\x12!.feddymem.v1.InspectStreamRequest\x1a\".feddymem.v1.InspectStreamResponse(\x01\x30\x01\x12Y\n\x0eReportFeedback\x12\".feddymem.v1.ReportFeedbackRequest\x1a#.feddymem.v1.ReportFeedbackResponse\x12h\n\x13GetInspectionStatus\x12\'.feddymem.v1.GetInspectionStatusRequest\x1a(.feddymem.v1.GetInspectionStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'feddymem.v1.inspection_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MAPFORMAT']._serialized_start=2135
-  _globals['_MAPFORMAT']._serialized_end=2218
-  _globals['_VERDICT']._serialized_start=2220
-  _globals['_VERDICT']._serialized_end=2297
+  _globals['_MAPFORMAT']._serialized_start=2179
+  _globals['_MAPFORMAT']._serialized_end=2262
+  _globals['_VERDICT']._serialized_start=2264
+  _globals['_VERDICT']._serialized_end=2341
   _globals['_RAWIMAGE']._serialized_start=73
   _globals['_RAWIMAGE']._serialized_end=160
   _globals['_INSPECTREQUEST']._serialized_start=163
   _globals['_INSPECTREQUEST']._serialized_end=480
   _globals['_REGION']._serialized_start=482
   _globals['_REGION']._serialized_end=576
-  _globals['_ANOMALYMAP']._serialized_start=578
-  _globals['_ANOMALYMAP']._serialized_end=675
-  _globals['_INSPECTRESPONSE']._serialized_start=678
-  _globals['_INSPECTRESPONSE']._serialized_end=1141
-  _globals['_GUARANTEE']._serialized_start=1143
-  _globals['_GUARANTEE']._serialized_end=1214
-  _globals['_REPORTFEEDBACKREQUEST']._serialized_start=1216
-  _globals['_REPORTFEEDBACKREQUEST']._serialized_end=1343
-  _globals['_REPORTFEEDBACKRESPONSE']._serialized_start=1345
-  _globals['_REPORTFEEDBACKRESPONSE']._serialized_end=1384
-  _globals['_GETINSPECTIONSTATUSREQUEST']._serialized_start=1386
-  _globals['_GETINSPECTIONSTATUSREQUEST']._serialized_end=1434
-  _globals['_GETINSPECTIONSTATUSRESPONSE']._serialized_start=1436
-  _globals['_GETINSPECTIONSTATUSRESPONSE']._serialized_end=1510
-  _globals['_SCORINGSTATUS']._serialized_start=1513
-  _globals['_SCORINGSTATUS']._serialized_end=1863
-  _globals['_INSPECTSTREAMREQUEST']._serialized_start=1865
-  _globals['_INSPECTSTREAMREQUEST']._serialized_end=1945
-  _globals['_INSPECTERROR']._serialized_start=1947
-  _globals['_INSPECTERROR']._serialized_end=1992
-  _globals['_INSPECTSTREAMRESPONSE']._serialized_start=1995
-  _globals['_INSPECTSTREAMRESPONSE']._serialized_end=2133
-  _globals['_INSPECTIONSERVICE']._serialized_start=2300
-  _globals['_INSPECTIONSERVICE']._serialized_end=2678
+  _globals['_ANOMALYMAP']._serialized_start=579
+  _globals['_ANOMALYMAP']._serialized_end=719
+  _globals['_INSPECTRESPONSE']._serialized_start=722
+  _globals['_INSPECTRESPONSE']._serialized_end=1185
+  _globals['_GUARANTEE']._serialized_start=1187
+  _globals['_GUARANTEE']._serialized_end=1258
+  _globals['_REPORTFEEDBACKREQUEST']._serialized_start=1260
+  _globals['_REPORTFEEDBACKREQUEST']._serialized_end=1387
+  _globals['_REPORTFEEDBACKRESPONSE']._serialized_start=1389
+  _globals['_REPORTFEEDBACKRESPONSE']._serialized_end=1428
+  _globals['_GETINSPECTIONSTATUSREQUEST']._serialized_start=1430
+  _globals['_GETINSPECTIONSTATUSREQUEST']._serialized_end=1478
+  _globals['_GETINSPECTIONSTATUSRESPONSE']._serialized_start=1480
+  _globals['_GETINSPECTIONSTATUSRESPONSE']._serialized_end=1554
+  _globals['_SCORINGSTATUS']._serialized_start=1557
+  _globals['_SCORINGSTATUS']._serialized_end=1907
+  _globals['_INSPECTSTREAMREQUEST']._serialized_start=1909
+  _globals['_INSPECTSTREAMREQUEST']._serialized_end=1989
+  _globals['_INSPECTERROR']._serialized_start=1991
+  _globals['_INSPECTERROR']._serialized_end=2036
+  _globals['_INSPECTSTREAMRESPONSE']._serialized_start=2039
+  _globals['_INSPECTSTREAMRESPONSE']._serialized_end=2177
+  _globals['_INSPECTIONSERVICE']._serialized_start=2344
+  _globals['_INSPECTIONSERVICE']._serialized_end=2722
 # @@protoc_insertion_point(module_scope)

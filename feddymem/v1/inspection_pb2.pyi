@@ -237,6 +237,8 @@ class AnomalyMap(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    FIRST_COLOUR_FIELD_NUMBER: _builtins.int
+    LAST_COLOUR_FIELD_NUMBER: _builtins.int
     format: Global___MapFormat.ValueType
     """Form of `data`."""
     height: _builtins.int
@@ -245,6 +247,10 @@ class AnomalyMap(_message.Message):
     """Columns."""
     data: _builtins.bytes
     """The map: height * width float32, or a PNG file."""
+    first_colour: _builtins.float
+    """Distance up to which the first colour of a PNG map stands; what else is drawn of the release may have the same scale."""
+    last_colour: _builtins.float
+    """Distance from which the last colour stands."""
     def __init__(
         self,
         *,
@@ -252,10 +258,12 @@ class AnomalyMap(_message.Message):
         height: _builtins.int = ...,
         width: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        first_colour: _builtins.float = ...,
+        last_colour: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "format", b"format", "height", b"height", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "first_colour", b"first_colour", "format", b"format", "height", b"height", "last_colour", b"last_colour", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -298,9 +306,11 @@ class InspectResponse(_message.Message):
     threshold: _builtins.float
     """Threshold that the verdict is by; unset where there is none."""
     pixel_threshold: _builtins.float
-    """Distance that regions are by, and that has the middle colour of a PNG map; unset where there is none."""
+    """Distance that regions are by: the request's, or the calibrated one, which has the middle colour of a PNG map; unset
+    where there is none.
+    """
     normalised_score: _builtins.float
-    """The score on a scale from 0, as the usual normal image, over 0.5, the threshold, to 1; unset without a threshold."""
+    """The score on a scale from 0, as the usual normal image, over 0.5, the threshold, to 1; unset without a calibration."""
     p_value: _builtins.float
     """Share of normal images whose score is at least as high, this one among them; unset without a calibration."""
     @_builtins.property
@@ -517,7 +527,7 @@ class ScoringStatus(_message.Message):
     federation: _builtins.str
     """Name of the federation."""
     site: _builtins.str
-    """Name of the site; empty for images that named none."""
+    """Name of the site; empty for images that named none, or one that the release is not calibrated for."""
     release: _builtins.int
     """Version of the release."""
     threshold: _builtins.float
@@ -535,7 +545,7 @@ class ScoringStatus(_message.Message):
     shadow: _builtins.int
     """Version of the release in the shadow; 0 for none."""
     shadow_images: _builtins.int
-    """Images that the shadow has scored, too."""
+    """Images that the shadow has judged, too: it leaves images out when there are others to score."""
     shadow_only_alarms: _builtins.int
     """Of them, those that it would have called anomalous and the active release normal."""
     shadow_missing_alarms: _builtins.int

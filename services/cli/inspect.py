@@ -34,8 +34,8 @@ from services.cli.exit_codes import FAILED, OK, REFUSED, SOME_IMAGES_FAILED, USA
 
 STANDARD_OUTPUT = "-"
 _CSV_COLUMNS = (
-    *("image", "score", "verdict", "regions", "federation", "site", "release", "queue_seconds", "compute_seconds"),
-    *("heatmap", "error", "code"),
+    *("image", "score", "verdict", "threshold", "p_value", "normalised_score", "guaranteed_rate", "guaranteed_images"),
+    *("regions", "federation", "site", "release", "queue_seconds", "compute_seconds", "heatmap", "error", "code"),
 )
 
 _errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -54,8 +54,10 @@ class Inspection:
         tls_dir: folder of the TLS files, if any.
         federation: name, or empty.
         site: name, or empty.
-        threshold: score from which the verdict is anomalous.
-        pixel_threshold: distance from which pixels make up regions.
+        threshold: score from which the verdict is anomalous; None for the calibrated one.
+        pixel_threshold: distance from which pixels make up regions; None for the calibrated one.
+        false_alarm_rate: that these are for; None for the federation's.
+        regions: whether regions are wanted.
         heatmaps: folder to write heatmaps to.
         as_json: whether to print JSON lines.
         csv: file to write, or `STANDARD_OUTPUT`.
@@ -68,6 +70,8 @@ class Inspection:
     site: str
     threshold: float | None
     pixel_threshold: float | None
+    false_alarm_rate: float | None
+    regions: bool
     heatmaps: Path | None
     as_json: bool
     csv: str | None
@@ -160,7 +164,13 @@ def _outcomes(asked: Inspection, paths: tuple[Path, ...]) -> Iterator[tuple[Path
 
 def _wishes(asked: Inspection) -> Wishes:
     kind: MapKind = "none" if asked.heatmaps is None else "png"
-    return Wishes(map_kind=kind, threshold=asked.threshold, pixel_threshold=asked.pixel_threshold)
+    return Wishes(
+        map_kind=kind,
+        threshold=asked.threshold,
+        pixel_threshold=asked.pixel_threshold,
+        false_alarm_rate=asked.false_alarm_rate,
+        regions=asked.regions,
+    )
 
 
 def _write_heatmap(
@@ -184,10 +194,16 @@ def _kind(outcome: InspectionResult | InspectionError) -> str:
 def _row(path: Path, outcome: InspectionResult | InspectionError, heatmap: Path | None) -> dict[str, Any]:
     if isinstance(outcome, InspectionError):
         return {"image": str(path), "error": str(outcome), "code": outcome.status.value[0]}
+    known = outcome.guarantee
     row: dict[str, Any] = {
         "image": str(path),
         "score": outcome.score,
         "verdict": outcome.verdict.value if outcome.verdict else None,
+        "threshold": outcome.threshold,
+        "p_value": outcome.p_value,
+        "normalised_score": outcome.normalised_score,
+        "guaranteed_rate": None if known is None else known.false_alarm_rate,
+        "guaranteed_images": None if known is None else known.images,
         "regions": [dataclasses.asdict(region) for region in outcome.regions],
         "federation": outcome.federation,
         "site": outcome.site,
@@ -230,7 +246,8 @@ class _Table:
 
     def __init__(self) -> None:
         self._table = Table(
-            Column("image", overflow="fold"), "score", "verdict", "regions", "release", "queue ms", "compute ms"
+            *(Column("image", overflow="fold"), "score", "verdict", "p", "0..1", "regions", "release"),
+            *("queue ms", "compute ms"),
         )
 
     def add(self, row: dict[str, Any]) -> None:
@@ -238,7 +255,9 @@ class _Table:
             return
         milliseconds = (f"{row[name] * 1000:.1f}" for name in ("queue_seconds", "compute_seconds"))
         counts = (str(len(row["regions"])), str(row["release"]))
-        self._table.add_row(row["image"], f"{row['score']:.4f}", row["verdict"] or "-", *counts, *milliseconds)
+        calibrated = ("-" if row[name] is None else f"{row[name]:.3f}" for name in ("p_value", "normalised_score"))
+        score, verdict = f"{row['score']:.4f}", row["verdict"] or "-"
+        self._table.add_row(row["image"], score, verdict, *calibrated, *counts, *milliseconds)
 
     def print(self) -> None:
         if self._table.row_count:

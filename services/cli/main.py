@@ -103,11 +103,18 @@ def inspect(
     federation: Annotated[str, typer.Option(help="Federation; needed where the service has several.")] = "",
     site: Annotated[str, typer.Option(help="Site; needed where the service has several.")] = "",
     threshold: Annotated[
-        float | None, typer.Option(min=0, help="Score from which an image is anomalous; without it, no verdict.")
+        float | None,
+        typer.Option(min=0, help="Score from which an image is anomalous; without it, the calibrated one."),
     ] = None,
     pixel_threshold: Annotated[
-        float | None, typer.Option(min=0, help="Distance from which pixels make up regions; without it, no regions.")
+        float | None,
+        typer.Option(min=0, help="Distance from which pixels make up regions; --regions has the calibrated."),
     ] = None,
+    false_alarm_rate: Annotated[
+        float | None,
+        typer.Option(help="Share of normal images that may be called anomalous; without it, the federation's."),
+    ] = None,
+    regions: Annotated[bool, typer.Option("--regions", help="Find regions, by the calibrated threshold.")] = False,
     heatmap: Annotated[Path | None, typer.Option(help="Folder to write a heatmap PNG for each image to.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")] = False,
     csv: Annotated[
@@ -126,6 +133,8 @@ def inspect(
         site=site,
         threshold=threshold,
         pixel_threshold=pixel_threshold,
+        false_alarm_rate=false_alarm_rate,
+        regions=regions,
         heatmaps=heatmap,
         as_json=as_json,
         csv=csv,
@@ -139,11 +148,16 @@ def status(
     tls_dir: _TlsDir = None,
     federation: Annotated[str, typer.Option(help="Only this federation.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    inference: Annotated[str, typer.Option(help="HOST:PORT of an inference service, to show that one instead.")] = "",
 ) -> None:
-    """Show federations, rounds, sites and releases of an aggregator."""
+    """Show federations, rounds, sites and releases of an aggregator, or what an inference service scores and finds."""
+    from services.cli.inference_status import inference_status
     from services.cli.status import status as run
 
-    run(server, tls_dir, federation, as_json)
+    if inference:
+        inference_status(inference, tls_dir, federation, as_json)
+    else:
+        run(server, tls_dir, federation, as_json)
 
 
 @app.command()

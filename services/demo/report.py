@@ -21,7 +21,7 @@ from feddymem.client import Verdict
 from feddymem.datasets import TestImage
 from feddymem.evaluation import Alarms, alarms, detect
 from feddymem.images import decode_file
-from feddymem.maps import coloured
+from feddymem.maps import HeatScale, coloured
 
 _CASES = 4
 """Images shown of each kind for each site."""
@@ -177,7 +177,7 @@ def _overlay(scored: ScoredImage, full_scale: float) -> str:
     """The image, the same with its anomaly map on the site's common scale, and the mask's outline; as a data URL."""
     image = decode_file(scored.image.path).astype(np.uint8)
     pixels = cv2.resize(image, _size(scored.anomalies)[::-1], interpolation=cv2.INTER_AREA)
-    blended = cv2.addWeighted(pixels, 0.55, coloured(scored.anomalies, full_scale), 0.45, 0)
+    blended = cv2.addWeighted(pixels, 0.55, coloured(scored.anomalies, HeatScale(0.0, full_scale)), 0.45, 0)
     if scored.image.mask is not None:
         mask = scored.image.read_mask(_size(scored.anomalies)).astype(np.uint8)
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

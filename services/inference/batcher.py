@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 import torch
+from torch import Tensor
 
 from feddymem.backbone import PreparedImage
 from feddymem.image_data import EncodedImage, RawImage
@@ -28,6 +29,8 @@ from services.runtime.errors import Refusal
 _FOR_ROOM = 256
 """Images of streams and of large requests that may wait outside the queue; their senders are held back meanwhile."""
 Result = TypeVar("Result")
+Afterwards = Callable[["Scored | None"], None]
+"""Called when the result is out and nobody waits; with None where there is no time for it."""
 
 _FORGETTING = 0.1
 """Share of the newest batch in the mean that the wait is told from."""
@@ -43,6 +46,7 @@ class Scored:
         width: columns of the image.
         queue_seconds: from acceptance to the start of its computation, decoding included.
         compute_seconds: of the batch that the image was in.
+        features: (1, patches, channels) float32, what was scored; None unless something is to be done afterwards.
     """
 
     inspection: Inspection
@@ -50,6 +54,7 @@ class Scored:
     width: int
     queue_seconds: float
     compute_seconds: float
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +65,7 @@ class _Job(Generic[Result]):
     accepted: float
     expires: float | None
     result: Future[Result]
+    afterwards: Afterwards | None
 
     @property
     def wanted(self) -> bool:
@@ -139,6 +145,7 @@ class Batcher:
         finish: Callable[[Scored], Result],
         caller: str = "",
         seconds_left: float | None = None,
+        afterwards: Afterwards | None = None,
     ) -> Result:
         """Decodes and scores one image.
 
@@ -148,6 +155,8 @@ class Batcher:
             finish: makes the result of the score; called in a thread.
             caller: who asks; callers are served in turn.
             seconds_left: until nobody waits for the result any more.
+            afterwards: what more is to be done of the score, by the way: called in a thread, or with None as soon as
+                other images wait for it.
 
         Raises:
             Refusal: RESOURCE_EXHAUSTED where the queue is full or the time left is less than the wait, with a hint when
@@ -161,7 +170,7 @@ class Batcher:
             raise
         now = time.monotonic()
         expires = None if seconds_left is None else now + seconds_left
-        job = _Job[Result](active, image, finish, now, expires, Future())
+        job = _Job[Result](active, image, finish, now, expires, Future(), afterwards)
         self._accept(job.result)
         refused = self._waiting.put(job, caller)
         if refused is not None:
@@ -269,23 +278,37 @@ class Batcher:
                 self._waiting.wake()  # who had nothing to do but these, so that they do not wait for these results
             for ready, result in scored:
                 _finish(ready.job, result)
+            self._go_on([(ready.job.afterwards, result) for ready, result in scored if ready.job.afterwards])
+
+    def _go_on(self, left: list[tuple[Afterwards, Scored]]) -> None:
+        """What is to be done when results are out, as long as no image waits for this thread or the processor."""
+        for afterwards, scored in left:
+            idle = not len(self._waiting) and self._ready.empty() and self._scoring.acquire(blocking=False)
+            if not idle:
+                afterwards(None)
+                continue
+            try:
+                afterwards(scored)
+            finally:
+                self._scoring.release()
 
     def _score(self, batch: list[_Ready]) -> list[tuple[_Ready, Scored]]:
         if not batch:
             return []
         started = time.monotonic()
-        inspections = _inspect(batch)
+        inspections, features = _inspect(batch)
         seconds = self._note_pace(started, len(batch))
         metrics.COMPUTE_SECONDS.observe(seconds)
         metrics.BATCH_IMAGES.observe(len(batch))
         scored = []
-        for ready, inspection in zip(batch, inspections, strict=True):
+        for number, (ready, inspection) in enumerate(zip(batch, inspections, strict=True)):
             if isinstance(inspection, Exception):
                 ready.job.result.set_exception(inspection)
                 continue
             image, waited = ready.prepared, started - ready.job.accepted
             metrics.QUEUE_SECONDS.observe(waited - ready.decode_seconds)
-            scored.append((ready, Scored(inspection, image.height, image.width, waited, seconds)))
+            kept = features.get(number)
+            scored.append((ready, Scored(inspection, image.height, image.width, waited, seconds, kept)))
         return scored
 
     def _note_pace(self, started: float, images: int) -> float:
@@ -338,12 +361,14 @@ def _fail(result: Future[Any], error: Exception) -> None:
         result.set_exception(error)
 
 
-def _inspect(batch: list[_Ready]) -> list[Inspection | Exception]:
-    """Features once for all images of a backbone, distances by scorer; results in the order of the batch.
+def _inspect(batch: list[_Ready]) -> tuple[list[Inspection | Exception], dict[int, Tensor]]:
+    """Features once for all images of a backbone, distances by scorer; results in the order of the batch, and features
+    of those images of which more is to be done.
 
     What one backbone or scorer raises is the result of its own images, and handed to their callers, who log it.
     """
     results: dict[int, Inspection | Exception] = {}
+    kept: dict[int, Tensor] = {}
     scorers = [ready.job.active.scorer for ready in batch]
     for extractor in {scorer.extractor for scorer in scorers}:
         rows = [i for i, scorer in enumerate(scorers) if scorer.extractor is extractor]
@@ -352,6 +377,7 @@ def _inspect(batch: list[_Ready]) -> list[Inspection | Exception]:
         except Exception as error:  # noqa: BLE001 - see above
             results.update(dict.fromkeys(rows, error))
             continue
+        kept |= {i: features[n : n + 1] for n, i in enumerate(rows) if batch[i].job.afterwards}
         for scorer in {scorers[i] for i in rows}:
             mine = [position for position, i in enumerate(rows) if scorers[i] is scorer]
             images = [rows[position] for position in mine]
@@ -359,4 +385,4 @@ def _inspect(batch: list[_Ready]) -> list[Inspection | Exception]:
                 results.update(zip(images, scorer.inspect_features(features[mine]), strict=True))
             except Exception as error:  # noqa: BLE001 - see above
                 results.update(dict.fromkeys(images, error))
-    return [results[i] for i in range(len(batch))]
+    return [results[i] for i in range(len(batch))], kept

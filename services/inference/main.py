@@ -51,7 +51,7 @@ async def _serve(settings: InferenceSettings) -> None:
     show_device(resolve_device(settings.device))
     metrics.QUEUE_IMAGES.set_function(lambda: batcher.queue_length)
     metrics.QUEUE_LIMIT.set(batcher.queue_size)
-    services = (InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service)
+    services = (InspectionServicer(inspector, registry).service, OpenInferenceServicer(inspector, registry).service)
     batcher.start()
     try:
         async with listening(

@@ -6,13 +6,16 @@ Every series is paid for by each pod, and a federation's by each federation: a t
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, Summary
 
 _SECONDS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5)
 _LEAST_DISTANCE = 1e-6
 """As for heatmaps: without spread, any distance is large."""
+NAMED_LINES = 30
+"""Pairs of federation and site that have series of their own, and are watched for drift; the first that send images."""
 
 INSPECTIONS = Counter(
     "feddymem_inspections_total",
@@ -46,13 +49,31 @@ BATCH_IMAGES = Histogram("feddymem_inspection_batch_images", "Images of a batch.
 WAITING = Gauge("feddymem_inspections_waiting", "Inspections accepted and not yet answered.")
 QUEUE_IMAGES = Gauge("feddymem_inspection_queue_images", "Images in the queue, not yet being decoded.")
 QUEUE_LIMIT = Gauge("feddymem_inspection_queue_limit_images", "Images that the queue has room for.")
-SCORE = Histogram(
+SCORE = Summary(
     "feddymem_inspection_score_ratio",
     "Anomaly scores, each divided by the typical distance of its release.",
     ["federation"],
-    buckets=(1.2, 1.4, 1.6, 1.8, 2.2),
 )
 VERDICTS = Counter("feddymem_verdicts_total", "Verdicts: normal or anomalous.", ["federation", "verdict"])
+HIGHEST_RATE = Gauge(
+    "feddymem_alarm_rate_highest_ratio",
+    "Share of 100 normal images that may be called anomalous by chance, by the release's calibration.",
+    ["federation"],
+)
+DRIFT = Gauge(
+    "feddymem_drift", "1 while a site's images are scored unlike those held out, else 0.", ["federation", "site"]
+)
+SHADOW_VERDICTS = Counter(
+    "feddymem_shadow_verdicts_total",
+    "Images that a release in the shadow has judged: same, shadow_only or active_only are anomalous.",
+    ["federation", "agreement"],
+)
+SHADOW_IMAGES = Counter(
+    "feddymem_shadow_images_total",
+    "Images of lines with a shadow: judged by it, dropped because others waited, or failed.",
+    ["outcome"],
+)
+SHADOWED = {outcome: SHADOW_IMAGES.labels(outcome) for outcome in ("judged", "dropped", "failed")}
 RELEASE = Gauge("feddymem_serving_release_version", "Version of the release that scores.", ["federation"])
 RELEASE_CREATED = Gauge(
     "feddymem_serving_release_timestamp_seconds", "When the release that scores was made.", ["federation"]
@@ -64,7 +85,7 @@ SWAPS = Counter("feddymem_release_swaps_total", "Releases swapped in.")
 class OfFederation:
     """What is counted of one federation's inspections."""
 
-    score: Histogram
+    score: Summary
     normal: Counter
     anomalous: Counter
 
@@ -85,3 +106,28 @@ class OfFederation:
 def of_federation(name: str) -> OfFederation:
     """Counters of a federation; there are as many as the aggregator's settings have."""
     return OfFederation(SCORE.labels(name), VERDICTS.labels(name, "normal"), VERDICTS.labels(name, "anomalous"))
+
+
+def forget_highest_rate(federation: str) -> None:
+    """A release takes the place of another one, which may have had a calibration."""
+    if (federation,) in HIGHEST_RATE._metrics:
+        HIGHEST_RATE.remove(federation)
+
+
+@dataclass(frozen=True, eq=False)
+class OfLine:
+    """What is shown of one site's images."""
+
+    drift: Gauge
+
+
+_lines: dict[tuple[str, str], OfLine] = {}
+_naming = threading.Lock()
+
+
+def of_line(federation: str, site: str) -> OfLine | None:
+    """Metrics of a site's images; None where as many have some as may: names come from requests."""
+    with _naming:
+        if (federation, site) not in _lines and len(_lines) < NAMED_LINES:
+            _lines[federation, site] = OfLine(DRIFT.labels(federation, site))
+        return _lines.get((federation, site))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -112,21 +113,24 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         return await self._infer(request, context, patient=False)
 
     async def _infer(self, request: ModelInferRequest, context: _Context, patient: bool) -> ModelInferResponse:
-        wanted, site, threshold = tensors.wanted_outputs(request), tensors.site(request), tensors.threshold(request)
-        inspections = [
-            Inspection(
-                image=image,
-                federation=request.model_name,
-                site=site,
-                map_kind="float32" if "anomaly_map" in wanted else "none",
-                threshold=threshold,
-                caller=context.peer(),
-                seconds_left=context.time_remaining(),
-                patient=patient or number > 0,  # a request is refused by its first image, before any is computed
-            )
-            for number, image in enumerate(tensors.images(request, _MAX_IMAGES))
-        ]
-        return _response(request.id, wanted, await self._inspect(inspections, request.model_version))
+        wanted, images = tensors.wanted_outputs(request), tensors.images(request, _MAX_IMAGES)
+        first = Inspection(
+            image=images[0],
+            federation=request.model_name,
+            site=tensors.site(request),
+            map_kind="float32" if "anomaly_map" in wanted else "none",
+            threshold=tensors.number(request, "threshold"),
+            pixel_threshold=tensors.number(request, "pixel_threshold"),
+            false_alarm_rate=tensors.number(request, "false_alarm_rate"),
+            regions="regions" in wanted,
+            caller=context.peer(),
+            seconds_left=context.time_remaining(),
+            patient=patient,
+        )
+        # A request is refused by its first image, before any is computed.
+        others = [dataclasses.replace(first, image=image, patient=True) for image in images[1:]]
+        results = await self._inspect([first, *others], wanted, request.model_version)
+        return _response(request.id, wanted or tensors.usual_outputs(results), results)
 
     def ModelStreamInfer(
         self, request_iterator: AsyncIterator[ModelInferRequest], context: _Context
@@ -138,17 +142,22 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
 
         return answer_stream(request_iterator, answer, _refused)
 
-    async def _inspect(self, inspections: Sequence[Inspection], version: str) -> list[Result]:
+    async def _inspect(self, inspections: Sequence[Inspection], wanted: Sequence[str], version: str) -> list[Result]:
         """Inspects all images of a request, all of them with one release."""
         # The tasks find their release in one turn of the event loop, in which no swap comes between them.
-        tasks = [asyncio.create_task(self._inspect_one(n, inspections, version)) for n in range(len(inspections))]
+        tasks = [
+            asyncio.create_task(self._inspect_one(number, inspections, wanted, version))
+            for number in range(len(inspections))
+        ]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _inspect_one(self, number: int, inspections: Sequence[Inspection], version: str) -> Result:
+    async def _inspect_one(
+        self, number: int, inspections: Sequence[Inspection], wanted: Sequence[str], version: str
+    ) -> Result:
         inspection = inspections[number]
         with counted() as ending:
             active = self._registry.find(inspection.federation, inspection.site)
@@ -157,6 +166,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                     f"model_version is {version!r}, but release {active.release} of federation {active.federation!r} "
                     "is active; leave it empty for the active one"
                 )
+            tensors.require_known(wanted, inspection, active.limits(inspection.site) is not None)
             if inspection.map_kind == "float32":
                 _require_room_for_maps(len(inspections), active.scorer.extractor.feature_space.input_size)
             try:

@@ -19,7 +19,9 @@ from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.scoring import Scorer
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Release
+from feddymem.verdicts import SiteLimits
 from services.inference import metrics
+from services.inference.lines import Line, Lines, Shadow
 from services.inference.release_store import Kept, ReleaseStore
 from services.inference.settings import InferenceSettings
 from services.runtime.changes import Changes
@@ -47,6 +49,7 @@ class Active:
         created: when it was made, in nanoseconds since the epoch; tells it from another one of this version, made by
             an aggregator that has lost its disk.
         scorer: global memory and memory generator, ready to compute.
+        lines: who has images scored by it, and what its scores mean to them; one for all sites of the release.
     """
 
     federation: str
@@ -54,6 +57,20 @@ class Active:
     release: int
     created: int
     scorer: Scorer
+    lines: Lines
+
+    def limits(self, site: str, rate: float | None = None) -> SiteLimits | None:
+        """What tells normal from anomalous; None where the release has no calibration, or no site has held images out.
+
+        Args:
+            site: that a request names; may be empty.
+            rate: false-alarm rate wanted; None for the federation's.
+        """
+        return None if self.lines.limits is None else self.lines.limits.of(site or self.site, rate)
+
+    def line(self, site: str) -> Line | None:
+        """The line whose image a request is about; None where it is not watched."""
+        return self.lines.of(site or self.site, known=bool(self.site))
 
 
 class Registry:
@@ -70,6 +87,7 @@ class Registry:
         self._memories: dict[str, Kept] = {}
         self._generators: dict[tuple[str, str], list[Kept]] = {}
         self._active: dict[tuple[str, str], Active] = {}
+        self._shadows: dict[str, Kept] = {}
         self._device = resolve_device(settings.device)
         self._extractors: dict[str, FeatureExtractor] = {}
         self._swap = asyncio.Lock()
@@ -83,7 +101,7 @@ class Registry:
         """
         found = await asyncio.to_thread(self._store.load)
         # Also what a run that was killed had replaced, but not forgotten yet.
-        await self._forget([replaced for kept in found for replaced in self._note(kept)])
+        await self._forget([replaced.release for kept in found for replaced in self._note(kept)])
         for federation in sorted(self._memories):
             try:
                 await self._activate(federation)
@@ -104,6 +122,9 @@ class Registry:
         if self._settings.federations and release.federation not in self._settings.federations:
             return
         async with self._swap:
+            if release.shadow:
+                await self._receive_shadow(release)
+                return
             kept = await asyncio.to_thread(self._store.open, release)
             before = dict(self._memories), dict(self._generators)
             replaced = self._note(kept)
@@ -113,7 +134,37 @@ class Registry:
                 self._memories, self._generators = before
                 raise
             await asyncio.to_thread(self._store.write, release)
-            await self._forget(replaced)
+            await self._forget([each.release for each in replaced])
+
+    async def _receive_shadow(self, release: Release) -> None:
+        """Takes a release that is to be counted beside the active one; its publisher sends it again after a restart, so
+        that it is not kept on disk.
+
+        Raises:
+            Refusal, InvalidBankError: it does not fit this service; the shadow before it has ended all the same.
+        """
+        self._shadows.pop(release.federation, None)
+        try:
+            if release.version:
+                self._shadows[release.federation] = await asyncio.to_thread(self._store.open, release)
+            await self._cast_shadow(release.federation)
+        except BaseException:
+            self._shadows.pop(release.federation, None)
+            raise
+        finally:
+            await self._forget([release])
+
+    async def _cast_shadow(self, federation: str) -> None:
+        """Puts the federation's shadow beside what is active, if there are both."""
+        kept = self._shadows.get(federation)
+        active = [each for each in self._active.values() if each.federation == federation]
+        shadow = None
+        if kept is not None and active:
+            scorers = await _in_own_thread(partial(self._build, kept))
+            shadow = Shadow(federation, kept.release.version, scorers, kept.limits)
+            _log.info("release_in_shadow", federation=federation, release=kept.release.version)
+        for each in active:
+            each.lines.shadow = shadow
 
     def find(self, federation: str, site: str) -> Active:
         """What scores images of a site; both names may be empty where there is only one.
@@ -184,31 +235,51 @@ class Registry:
         self._generators[release.federation, release.site] = came[-GENERATORS_KEPT:]
         return [*same, *came[:-GENERATORS_KEPT]]
 
-    async def _forget(self, replaced: list[Kept]) -> None:
+    async def _forget(self, replaced: list[Release]) -> None:
         used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
-        await asyncio.to_thread(self._store.forget, [r.release for r in replaced], [u.release for u in used])
+        await asyncio.to_thread(self._store.forget, replaced, [u.release for u in used])
 
     async def _activate(self, federation: str) -> None:
         memory = self._memories.get(federation)
         if memory is None:
             return
+        release = memory.release
         built = await _in_own_thread(partial(self._build, memory))
-        for active in built:
-            before = self._active.get((federation, active.site))
-            self._active[federation, active.site] = active
-            if before is None or (before.release, before.created) != (active.release, active.created):
+        lines = self._lines_of(memory)
+        for site, scorer in built.items():
+            before = self._active.get((federation, site))
+            active = Active(federation, site, release.version, release.created.ToNanoseconds(), scorer, lines)
+            self._active[federation, site] = active
+            if before is None or before.lines is not lines:
                 metrics.SWAPS.inc()
                 metrics.RELEASE.labels(federation).set(active.release)
-                metrics.RELEASE_CREATED.labels(federation).set(memory.release.created.ToMilliseconds() / 1000)
+                metrics.RELEASE_CREATED.labels(federation).set(release.created.ToMilliseconds() / 1000)
                 _log.info("release_active", federation=federation, site=active.site, release=active.release)
+        try:
+            await self._cast_shadow(federation)
+        except Exception as error:  # noqa: BLE001 - a shadow must not keep a release from the lines
+            _log.error("shadow_refused", federation=federation, exc_info=error)
         self.changes.notify()
 
-    def _build(self, memory: Kept) -> list[Active]:
+    def _lines_of(self, memory: Kept) -> Lines:
+        """Those of a release: what they know is kept while it is the same, whatever memory generators come."""
+        release = memory.release
+        federation, created = release.federation, release.created.ToNanoseconds()
+        found = {id(each.lines): each for each in self._active.values() if each.federation == federation}
+        for each in found.values():
+            if (each.release, each.created) == (release.version, created):
+                return each.lines
+        for each in found.values():
+            each.lines.leave()
+        return Lines(federation, memory.limits)
+
+    def _build(self, memory: Kept) -> dict[str, Scorer]:
+        """What scores each site's images with a global memory; by the empty name where it needs no generators."""
         assert isinstance(memory.content, MemoryBank)
         release = memory.release
         extractor = self._extractor(release)
         size = extractor.feature_space.input_size
-        built = []
+        built = {}
         for site, generator in self._pairs(release):
             try:
                 network = None if generator is None else _network(release, generator)
@@ -218,7 +289,7 @@ class Registry:
             scorer = Scorer(extractor, memory.content, network)
             for images in {1, self._settings.batch}:  # warm: the first requests must not pay for it
                 scorer.inspect(torch.zeros(images, 3, size, size))
-            built.append(Active(release.federation, site, release.version, release.created.ToNanoseconds(), scorer))
+            built[site] = scorer
         # What is loaded stays. With it, each full garbage collection goes through 400,000 objects and stops all threads
         # for 0.2 s, and comes so rarely that errors and the images in their frames pile up meanwhile.
         gc.collect()

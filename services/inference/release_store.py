@@ -10,12 +10,13 @@ from pathlib import Path
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR, Release
+from feddymem.verdicts import ReleaseLimits
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_from_wire
 from services.runtime.errors import as_refusal, invalid
 from services.runtime.files import make_folder, read_record, write_record
 from services.runtime.logs import get_logger
-from services.runtime.messages import feature_space_from_message, generator_from_wire
+from services.runtime.messages import calibration_from_message, feature_space_from_message, generator_from_wire
 
 _log = get_logger()
 
@@ -27,10 +28,12 @@ class Kept:
     Attributes:
         release: the release.
         content: its global memory, or its memory generator.
+        limits: what its calibration says of scores; None for a release without one.
     """
 
     release: Release
     content: MemoryBank | MemoryGenerator
+    limits: ReleaseLimits | None = None
 
 
 class ReleaseStore:
@@ -75,7 +78,8 @@ class ReleaseStore:
         """A release whose arrays are in the store.
 
         Raises:
-            Refusal: a kind that this version does not know, or arrays that are damaged, missing or do not fit.
+            Refusal: a kind that this version does not know, arrays that are damaged, missing or do not fit, or a
+                calibration that no sites make.
             InvalidBankError: values that no honest publisher would send.
         """
         if release.kind not in (RELEASE_KIND_GLOBAL_MEMORY, RELEASE_KIND_MEMORY_GENERATOR):
@@ -85,7 +89,7 @@ class ReleaseStore:
         space = feature_space_from_message(release.feature_space)
         arrays = ((array, self.arrays.read(array.sha256)) for array in release.arrays)
         if release.kind == RELEASE_KIND_GLOBAL_MEMORY:
-            return Kept(release, bank_from_wire(arrays))
+            return Kept(release, bank_from_wire(arrays), _limits(release))
         return Kept(release, generator_from_wire(space, arrays))
 
     def write(self, release: Release) -> None:
@@ -108,6 +112,12 @@ class ReleaseStore:
 
     def _path(self, release: Release) -> Path:
         return self._folder / f"{_key(release.federation, release.site)}-{release.kind}-{release.version:010}.binpb"
+
+
+def _limits(release: Release) -> ReleaseLimits | None:
+    if not release.HasField("calibration"):
+        return None
+    return ReleaseLimits(release.federation, calibration_from_message(release.calibration))
 
 
 def _key(federation: str, site: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from feddymem.image_data import EncodedImage, RawImage
@@ -19,6 +20,8 @@ from feddymem.v1.inspection_pb2 import (
     VERDICT_NORMAL,
     VERDICT_UNSPECIFIED,
     AnomalyMap,
+    GetInspectionStatusRequest,
+    GetInspectionStatusResponse,
     InspectError,
     InspectRequest,
     InspectResponse,
@@ -26,10 +29,15 @@ from feddymem.v1.inspection_pb2 import (
     InspectStreamResponse,
     MapFormat,
     Region,
+    ReportFeedbackRequest,
+    ReportFeedbackResponse,
 )
 from services.inference.access import CALLERS
 from services.inference.inspector import Inspection, Inspector, Result
+from services.inference.lines import guarantee
 from services.inference.outcomes import counted
+from services.inference.registry import Registry
+from services.inference.scoring_status import scoring
 from services.inference.streams import answer_stream
 from services.runtime.errors import Refusal, invalid
 from services.runtime.server import Service
@@ -45,8 +53,8 @@ _Context = aio.ServicerContext[Any, Any]
 class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
     """Serves inspections."""
 
-    def __init__(self, inspector: Inspector) -> None:
-        self._inspector = inspector
+    def __init__(self, inspector: Inspector, registry: Registry) -> None:
+        self._inspector, self._registry = inspector, registry
 
     @property
     def service(self) -> Service:
@@ -54,7 +62,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         return Service(
             "feddymem.v1.InspectionService",
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
-            access=dict.fromkeys(("Inspect", "InspectStream"), CALLERS),
+            access=dict.fromkeys(("Inspect", "InspectStream", "ReportFeedback", "GetInspectionStatus"), CALLERS),
             admissions={"Inspect": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
         )
 
@@ -73,6 +81,17 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             )
 
         return answer_stream(request_iterator, answer, _refused)
+
+    async def ReportFeedback(self, request: ReportFeedbackRequest, context: _Context) -> ReportFeedbackResponse:
+        """See inspection.proto."""
+        # TODO(calfeed)
+        raise Refusal(grpc.StatusCode.UNIMPLEMENTED, "feedback is not taken yet")
+
+    async def GetInspectionStatus(
+        self, request: GetInspectionStatusRequest, context: _Context
+    ) -> GetInspectionStatusResponse:
+        """See inspection.proto."""
+        return GetInspectionStatusResponse(scoring=scoring(self._registry.active(), request.federation))
 
     async def _inspect(self, request: InspectRequest, context: _Context, patient: bool) -> InspectResponse:
         with counted() as ending:
@@ -97,6 +116,8 @@ def _inspection(request: InspectRequest, caller: str, seconds_left: float | None
         map_kind=_MAP_KINDS[request.map_format],
         threshold=request.threshold if request.HasField("threshold") else None,
         pixel_threshold=request.pixel_threshold if request.HasField("pixel_threshold") else None,
+        false_alarm_rate=request.false_alarm_rate if request.HasField("false_alarm_rate") else None,
+        regions=request.regions,
         caller=caller,
         seconds_left=seconds_left,
         patient=patient,
@@ -119,6 +140,7 @@ def _response(result: Result) -> InspectResponse:
     verdict = VERDICT_UNSPECIFIED
     if result.anomalous is not None:
         verdict = VERDICT_ANOMALOUS if result.anomalous else VERDICT_NORMAL
+    judgement = result.judgement
     return InspectResponse(
         score=result.score,
         map=_map(result),
@@ -129,14 +151,21 @@ def _response(result: Result) -> InspectResponse:
         compute_seconds=result.compute_seconds,
         verdict=verdict,
         regions=[Region(**dataclasses.asdict(region)) for region in result.regions],
+        threshold=None if judgement is None else judgement.threshold,
+        pixel_threshold=result.pixel_threshold,
+        normalised_score=None if judgement is None else judgement.normalised,
+        p_value=None if judgement is None else judgement.p_value,
+        guarantee=None if judgement is None or judgement.limit is None else guarantee(judgement.limit),
     )
 
 
 def _map(result: Result) -> AnomalyMap | None:
+    scale = {"first_colour": result.heat_scale.first, "last_colour": result.heat_scale.last}
     if result.float_map is not None:
         height, width = result.float_map.shape
         data = result.float_map.astype("<f4", copy=False).tobytes()
-        return AnomalyMap(format=MAP_FORMAT_FLOAT32, height=height, width=width, data=data)
+        return AnomalyMap(format=MAP_FORMAT_FLOAT32, height=height, width=width, data=data, **scale)
     if result.png_map is not None:
-        return AnomalyMap(format=MAP_FORMAT_PNG, height=result.height, width=result.width, data=result.png_map)
+        height, width = result.height, result.width
+        return AnomalyMap(format=MAP_FORMAT_PNG, height=height, width=width, data=result.png_map, **scale)
     return None

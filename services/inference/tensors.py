@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.openinference.open_inference_pb2 import ModelInferRequest, ModelMetadataResponse
-from services.inference.inspector import Result
+from services.inference.inspector import Inspection, Result
 from services.runtime.errors import invalid
 
 _Tensor = ModelInferRequest.InferInputTensor
@@ -20,12 +20,27 @@ _BITS = {"UINT8": 8, "FP32": 32}
 _TYPED_VALUES = 2**20
 """Values that are unpacked from typed contents, at most: it is slow, and raw contents need none of it."""
 _LENGTH_BYTES = 4
-OUTPUT_TYPES = {"score": "FP32", "verdict": "BOOL", "anomaly_map": "FP32"}
+OUTPUT_TYPES = {
+    "score": "FP32",
+    "verdict": "BOOL",
+    "threshold": "FP32",
+    "p_value": "FP32",
+    "normalised_score": "FP32",
+    "regions": "FP32",
+    "anomaly_map": "FP32",
+}
+_SHAPES = {"regions": [-1, 7], "anomaly_map": [-1, -1, -1]}
+_OF_JUDGEMENTS = {
+    "verdict": ("anomalous", "?"),
+    "threshold": ("threshold", "<f4"),
+    "p_value": ("p_value", "<f4"),
+    "normalised_score": ("normalised", "<f4"),
+}
+_JUDGED, _CALIBRATED = ("verdict", "threshold"), ("p_value", "normalised_score")
+"""Outputs that need a threshold, the request's or the calibrated one; and those that need a calibration."""
 INPUTS = (_Metadata(name="image", datatype="BYTES", shape=[-1]),)
-OUTPUTS = (
-    _Metadata(name="score", datatype=OUTPUT_TYPES["score"], shape=[-1]),
-    _Metadata(name="verdict", datatype=OUTPUT_TYPES["verdict"], shape=[-1]),
-    _Metadata(name="anomaly_map", datatype=OUTPUT_TYPES["anomaly_map"], shape=[-1, -1, -1]),
+OUTPUTS = tuple(
+    _Metadata(name=name, datatype=datatype, shape=_SHAPES.get(name, [-1])) for name, datatype in OUTPUT_TYPES.items()
 )
 
 
@@ -64,46 +79,91 @@ def site(request: ModelInferRequest) -> str:
     return value
 
 
-def threshold(request: ModelInferRequest) -> float | None:
-    """The threshold that the parameters name: a number, or text of one, because KServe's clients send no fractions.
+def number(request: ModelInferRequest, name: str) -> float | None:
+    """A parameter that is a number, or text of one, because KServe's clients send no fractions; None without it.
 
     Raises:
         Refusal: INVALID_ARGUMENT where it is not a number.
     """
-    value = _parameter(request, "threshold")
+    value = _parameter(request, name)
     if value is None:
         return None
     try:
         return float(str(value))  # of a bool that is no number
     except ValueError:
-        raise invalid(f"parameter threshold is {value!r}; expected a number, or a string of one") from None
+        raise invalid(f"parameter {name} is {value!r}; expected a number, or a string of one") from None
 
 
 def wanted_outputs(request: ModelInferRequest) -> list[str]:
-    """Names of the outputs to answer with, in the order asked for.
+    """Names of the outputs to answer with, in the order asked for; none where the request leaves them to us.
 
     Raises:
-        Refusal: INVALID_ARGUMENT for an output that does not exist, or a verdict without a threshold.
+        Refusal: INVALID_ARGUMENT for an output that does not exist.
     """
-    judged = "threshold" in request.parameters
     names = [output.name for output in request.outputs]
     for name in names:
         if name not in OUTPUT_TYPES:
             raise invalid(f"output {name!r} does not exist; expected some of {', '.join(OUTPUT_TYPES)}")
     if len(set(names)) < len(names):
         raise invalid(f"outputs {names} are asked for more than once; name each once")
-    if "verdict" in names and not judged:
-        raise invalid("output 'verdict' is asked for without a threshold; set the parameter threshold")
-    return names or (["score", "verdict"] if judged else ["score"])
+    return names
+
+
+def require_known(wanted: Sequence[str], inspection: Inspection, calibrated: bool) -> None:
+    """Refuses outputs that nothing is known of.
+
+    Args:
+        wanted: names of outputs.
+        inspection: what is asked for.
+        calibrated: whether the release that scores has a calibration.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT for a verdict or regions without a threshold, or a p-value without a calibration.
+    """
+    if calibrated:
+        return
+    missing = {"regions": "pixel_threshold"} if inspection.pixel_threshold is None else {}
+    if inspection.threshold is None:
+        missing |= dict.fromkeys(_JUDGED, "threshold")
+    for name in wanted:
+        if name in missing:
+            raise invalid(
+                f"output {name!r} is asked for of a release without a calibration; set the parameter {missing[name]}"
+            )
+        if name in _CALIBRATED:
+            raise invalid(f"output {name!r} is asked for of a release without a calibration; leave it out")
+
+
+def usual_outputs(results: Sequence[Result]) -> list[str]:
+    """Names of the outputs to answer with where the request leaves them to us."""
+    return ["score", "verdict"] if all(result.judgement for result in results) else ["score"]
 
 
 def output_array(name: str, results: Sequence[Result]) -> NDArray[np.generic]:
-    """One output of n results: (n,) float32 scores, (n,) bool verdicts or (n, input_size, input_size) float32 maps."""
+    """One output of n results.
+
+    Returns:
+        (n,) float32 or, for verdicts, bool; (m, 7) float32 for m regions of all images; (n, input_size, input_size)
+        float32 for maps.
+    """
+    if name == "regions":
+        return _regions(results)
+    if name == "anomaly_map":
+        return np.stack([each.float_map for each in results if each.float_map is not None]).astype("<f4", copy=False)
     if name == "score":
         return np.array([result.score for result in results], "<f4")
-    if name == "verdict":
-        return np.array([result.anomalous for result in results], np.bool_)
-    return np.stack([result.float_map for result in results if result.float_map is not None]).astype("<f4", copy=False)
+    judgements = [result.judgement for result in results if result.judgement is not None]
+    field, dtype = _OF_JUDGEMENTS[name]
+    return np.array([getattr(each, field) for each in judgements], dtype)
+
+
+def _regions(results: Sequence[Result]) -> NDArray[np.generic]:
+    rows = [
+        (number, each.top, each.left, each.height, each.width, each.area, each.peak)
+        for number, result in enumerate(results)
+        for each in result.regions
+    ]
+    return np.array(rows, "<f4").reshape(-1, _SHAPES["regions"][1])
 
 
 def _parameter(request: ModelInferRequest, name: str) -> str | float | None:

@@ -70,7 +70,8 @@ async def follow(
 
 
 class _Place:
-    """Where a release takes the place of the one before: a federation's global memory, or a site's memory generator."""
+    """Where a release takes the place of the one before: a federation's global memory, the one in its shadow,
+    or a site's memory generator."""
 
     def __init__(self) -> None:
         self._newest = self._done = Release()
@@ -112,10 +113,10 @@ class _Follower:
         """Follows until the watch breaks; each place has a task of its own, so that none waits for another."""
         async with asyncio.TaskGroup() as group:
             tasks: list[asyncio.Task[None]] = []
-            places: dict[tuple[str, int, str], _Place] = {}
+            places: dict[tuple[str, int, str, bool], _Place] = {}
             try:
                 async for release in self._releases(request):
-                    name = release.federation, release.kind, release.site
+                    name = release.federation, release.kind, release.site, release.shadow
                     if name not in places:
                         places[name] = _Place()
                         tasks.append(group.create_task(self._take_all(places[name])))

@@ -34,7 +34,7 @@ RPC_SECONDS = Histogram(
     "feddymem_rpc_duration_seconds",
     "Time from the start to the end of an RPC, streams included.",
     ["method"],
-    buckets=(0.01, 0.1, 1, 10),
+    buckets=(0.1, 10),
 )
 RPCS_OVER_LIMIT = Counter(
     "feddymem_rpcs_over_limit_total",

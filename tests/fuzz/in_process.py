@@ -263,7 +263,7 @@ class InProcess:
         self._batcher.start()
         inspector = Inspector(registry, self._batcher)
         self.calls |= inference_calls()
-        return [InspectionServicer(inspector).service, OpenInferenceServicer(inspector, registry).service]
+        return [InspectionServicer(inspector, registry).service, OpenInferenceServicer(inspector, registry).service]
 
     def _set_right(self, path: str) -> None:
         """Undoes what an earlier call did: both sites are there, and have sent nothing."""

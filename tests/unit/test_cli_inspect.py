@@ -12,7 +12,7 @@ from rich.console import Console
 
 import services.cli.inspect
 from feddymem.datasets import DatasetError
-from feddymem.v1.inspection_pb2 import VERDICT_ANOMALOUS, VERDICT_NORMAL, InspectRequest, InspectResponse
+from feddymem.v1.inspection_pb2 import VERDICT_ANOMALOUS, VERDICT_NORMAL, Guarantee, InspectRequest, InspectResponse
 from services.cli.inspect import Inspection, find_images, inspect
 from tests.scripted_service import scripted_service
 
@@ -57,10 +57,18 @@ def test_what_has_no_image_is_named(folder: Path, nothing: str) -> None:
 
 def judge(request: InspectRequest) -> InspectResponse | grpc.StatusCode:
     """Scores an image with its length; an empty one is none."""
+    assert (request.false_alarm_rate, request.regions) == (0.1, True)
     if not request.encoded:
         return grpc.StatusCode.INVALID_ARGUMENT
     anomalous = request.HasField("threshold") and len(request.encoded) >= request.threshold
-    return InspectResponse(score=len(request.encoded), verdict=VERDICT_ANOMALOUS if anomalous else VERDICT_NORMAL)
+    return InspectResponse(
+        score=len(request.encoded),
+        verdict=VERDICT_ANOMALOUS if anomalous else VERDICT_NORMAL,
+        threshold=3,
+        p_value=0.25,
+        normalised_score=0.75,
+        guarantee=Guarantee(false_alarm_rate=0.125, images=7),
+    )
 
 
 @pytest.fixture
@@ -69,7 +77,15 @@ def asked(folder: Path) -> Inspection:
     for number, path in enumerate(reversed(find_images(["."]))):
         path.write_bytes(bytes(number))
     return Inspection(
-        (".",), "", None, "", "", threshold=3, pixel_threshold=None, heatmaps=None, as_json=True, csv="all.csv"
+        (".",),
+        *("", None, "", ""),
+        threshold=3,
+        pixel_threshold=None,
+        false_alarm_rate=0.1,
+        regions=True,
+        heatmaps=None,
+        as_json=True,
+        csv="all.csv",
     )
 
 
@@ -83,11 +99,15 @@ def test_lines_are_whole_although_a_terminal_shows_progress(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["image"] for row in rows] == ["5.jpeg", "a/4.bmp", "b/1.JPG", "b/2.png", "b/deep/3.tif", "odd[1].png"]
     assert [row.get("score") for row in rows] == [5, 4, 3, 2, 1, None]
+    calibrated = {name: rows[0][name] for name in ("threshold", "p_value", "normalised_score")}
+    assert calibrated == {"threshold": 3, "p_value": 0.25, "normalised_score": 0.75}
+    assert (rows[0]["guaranteed_rate"], rows[0]["guaranteed_images"]) == (0.125, 7)
     assert "6/6" in terminal.getvalue()
     assert "3 anomalous, 1 failed, 2 normal" in terminal.getvalue()
     with Path("all.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["verdict"] for line in lines] == [*["anomalous"] * 3, *["normal"] * 2, ""]
+    assert [line["p_value"] for line in lines] == [*["0.25"] * 5, ""]
     assert [line["regions"] for line in lines] == [*["0"] * 5, ""]
     assert [line["code"] for line in lines] == [*[""] * 5, "3"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from feddymem.client import InspectionResult, Region, Verdict
 from feddymem.client.results import from_response
 from feddymem.images import ImageError
-from feddymem.maps import heatmap_png
+from feddymem.maps import HeatScale, heatmap_png
 from feddymem.v1 import inspection_pb2
 from feddymem.v1.inspection_pb2 import AnomalyMap, InspectResponse
 
@@ -126,5 +126,5 @@ def test_an_anomaly_map_is_drawn_on_the_scale_given_never_its_own() -> None:
 def test_heat_of_distances_has_the_colours_of_the_services_heatmaps() -> None:
     distances = np.linspace(0, 8, PICTURE.shape[0] * PICTURE.shape[1], dtype=np.float32).reshape(PICTURE.shape[:2])
     of_floats = result(anomaly_map=distances).overlay(PICTURE, full_scale=8.0)
-    of_png = result(heatmap_png=heatmap_png(distances, typical_distance=2.0)).overlay(PICTURE)
+    of_png = result(heatmap_png=heatmap_png(distances, HeatScale.of_memory(2.0))).overlay(PICTURE)
     np.testing.assert_array_equal(of_floats, of_png)

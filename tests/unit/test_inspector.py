@@ -18,9 +18,11 @@ from feddymem import maps, scoring
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
 from feddymem.maps import MapKind, Region, anomaly_map
+from feddymem.verdicts import ReleaseLimits
 from services.inference import inspector as inspector_module
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Afterwards, Batcher, Scored
 from services.inference.inspector import Inspection, Inspector, Result
+from services.inference.lines import Lines
 from services.inference.registry import Active, Registry
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
@@ -38,13 +40,14 @@ Made = TypeVar("Made")
 class FakeRegistry:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
+        self.limits: ReleaseLimits | None = None
 
     def find(self, federation: str, site: str) -> Active:
         self.asked.append((federation, site))
         if federation == "moon":
             raise not_found("no such federation")
         scorer: Any = SimpleNamespace(extractor=SimpleNamespace(feature_space=SPACE), typical_distance=1.0)
-        return Active("parts", "", 7, 0, scorer)
+        return Active("parts", "", 7, 0, scorer, Lines("parts", self.limits))
 
 
 class FakeBatcher:
@@ -64,6 +67,7 @@ class FakeBatcher:
         finish: Callable[[Scored], Made],
         caller: str = "",
         seconds_left: float | None = None,
+        afterwards: Afterwards | None = None,
     ) -> Made:
         self.asked.append((image, caller, seconds_left))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]

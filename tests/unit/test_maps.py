@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from feddymem.images import decode
-from feddymem.maps import coloured, heatmap_png
+from feddymem.maps import HeatScale, coloured, heatmap_png
 
 
 def test_colours_are_turbo_from_zero_to_the_full_scale() -> None:
     turbo = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], cv2.COLORMAP_TURBO)[0, :, ::-1]
     distances = np.array([[-1, 0, 2.5, 4.999, 5, 50, np.inf]], np.float32)
-    colours = coloured(distances, full_scale=5)
+    colours = coloured(distances, HeatScale(0, 5))
     assert colours.dtype == np.uint8
     np.testing.assert_array_equal(colours[0], turbo[[0, 0, 127, 254, 255, 255, 255]])
 
@@ -21,4 +21,6 @@ def test_colours_are_turbo_from_zero_to_the_full_scale() -> None:
 @pytest.mark.parametrize("typical", [0.5, 3.0])
 def test_a_heatmap_has_the_colours_of_its_scale(typical: float) -> None:
     distances = np.random.default_rng(0).uniform(0, 15, (6, 9)).astype(np.float32)
-    np.testing.assert_array_equal(decode(heatmap_png(distances, typical)), coloured(distances, 4 * typical))
+    scale = HeatScale.of_memory(typical)
+    assert scale == HeatScale(0, 4 * typical)
+    np.testing.assert_array_equal(decode(heatmap_png(distances, scale)), coloured(distances, scale))

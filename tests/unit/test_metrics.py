@@ -211,7 +211,7 @@ def test_scores_are_told_in_typical_distances_and_verdicts_where_there_are_some(
     found.count(60.0, 30.0, anomalous=True)
     found.count(30.0, 30.0, anomalous=False)
     assert value("feddymem_inspection_score_ratio_sum", federation="scores") == 4.5
-    assert value("feddymem_inspection_score_ratio_bucket", federation="scores", le="1.6") == 2
+    assert value("feddymem_inspection_score_ratio_count", federation="scores") == 3
     verdicts = [value("feddymem_verdicts_total", federation="scores", verdict=each) for each in ("normal", "anomalous")]
     assert verdicts == [1, 1]
     found.count(1.0, 0.0, anomalous=None)

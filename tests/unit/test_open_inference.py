@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
+from feddymem.maps import HeatScale
 from feddymem.openinference.open_inference_pb2 import (
     InferParameter,
     InferTensorContents,
@@ -31,6 +32,7 @@ from feddymem.openinference.open_inference_pb2 import (
     ServerMetadataRequest,
     ServerReadyRequest,
 )
+from feddymem.verdicts import judge
 from services.inference import tensors
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.open_inference import OpenInferenceServicer
@@ -48,6 +50,9 @@ class FakeActive:
     federation: str
     release: int
     input_size: int
+
+    def limits(self, _site: str) -> None:
+        return None
 
     @property
     def scorer(self) -> SimpleNamespace:
@@ -90,7 +95,9 @@ class FakeInspector:
             raise ImageError("image is not a readable JPEG")
         return Result(
             score=score,
-            anomalous=None if inspection.threshold is None else score >= inspection.threshold,
+            judgement=judge(score, None, inspection.threshold),
+            pixel_threshold=None,
+            heat_scale=HeatScale(0.0, 1.0),
             regions=(),
             float_map=np.full((SIZE, SIZE), score, np.float32) if inspection.map_kind == "float32" else None,
             png_map=None,

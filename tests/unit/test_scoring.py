@@ -18,7 +18,7 @@ from torch.nn import functional
 from feddymem.backbone import FeatureExtractor
 from feddymem.generator import MemoryGenerator
 from feddymem.images import Pixels, decode
-from feddymem.maps import Region, anomaly_map, heatmap_png, regions
+from feddymem.maps import HeatScale, Region, anomaly_map, heatmap_png, regions
 from feddymem.memory import MemoryBank
 from feddymem.scoring import Scorer, of_one_origin
 from feddymem.search import screen_by_torch
@@ -41,7 +41,7 @@ def small_extractor() -> FeatureExtractor:
 
 
 def heatmap(pixels: NDArray[np.float32], typical_distance: float) -> Pixels:
-    return decode(heatmap_png(pixels, typical_distance))
+    return decode(heatmap_png(pixels, HeatScale.of_memory(typical_distance)))
 
 
 def memory(*items: tuple[float, ...], spread: float = 0.5) -> MemoryBank:
@@ -373,7 +373,7 @@ def test_regions_lie_in_the_image_and_cover_what_is_anomalous(
 
 
 def test_a_heatmap_is_a_png_of_256_colours() -> None:
-    with Image.open(io.BytesIO(heatmap_png(np.zeros((5, 9), np.float32), 1.0))) as image:
+    with Image.open(io.BytesIO(heatmap_png(np.zeros((5, 9), np.float32), HeatScale(0, 1)))) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "P", (9, 5))
         palette = image.getpalette()
     assert palette is not None

@@ -18,6 +18,7 @@ from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
 from feddymem.scoring import Inspection, Scorer
 from services.inference.batcher import Batcher, Scored
+from services.inference.lines import Lines
 from services.inference.registry import Active
 from services.runtime.errors import Refusal
 
@@ -120,7 +121,7 @@ class FakeScorer:
 
 
 def active(extractor: Extractor, more: float = 0.0) -> Active:
-    return Active("parts", "", 1, 0, cast(Scorer, FakeScorer(extractor, more)))
+    return Active("parts", "", 1, 0, cast(Scorer, FakeScorer(extractor, more)), Lines("parts", None))
 
 
 def image(number: int) -> EncodedImage:

@@ -1,0 +1,78 @@
+"""`feddymem status --inference`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
+from feddymem.client.tls import channel_to
+from feddymem.v1.inspection_pb2 import GetInspectionStatusRequest, GetInspectionStatusResponse, ScoringStatus
+from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
+from services.cli.failures import asking
+
+_TIMEOUT_SECONDS = 10
+"""A person waits for the answer."""
+
+
+def inference_status(server: str, tls_dir: Path | None, federation: str, as_json: bool) -> None:
+    """Prints what an inference service scores with, and how its scores compare with what they were calibrated to."""
+    with asking(server):
+        response = get_inspection_status(server, federation, tls_dir)
+    if as_json:
+        print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
+    Console().print(_table(response))
+
+
+def get_inspection_status(
+    server: str, federation: str = "", tls_dir: Path | None = None
+) -> GetInspectionStatusResponse:
+    """What an inference service scores with.
+
+    Raises:
+        grpc.RpcError: the service refused, or cannot be reached.
+        TlsError: the TLS files cannot be used.
+    """
+    with channel_to(server, [], tls_dir) as channel:
+        return InspectionServiceStub(channel).GetInspectionStatus(
+            GetInspectionStatusRequest(federation=federation), timeout=_TIMEOUT_SECONDS
+        )
+
+
+def _table(response: GetInspectionStatusResponse) -> Table:
+    table = Table(
+        *("federation", "site", "release", "threshold", "false alarms", "images", "recent alarms", "drift", "shadow")
+    )
+    for state in response.scoring:
+        table.add_row(
+            state.federation,
+            state.site or "-",
+            str(state.release),
+            f"{state.threshold:.4f}" if state.HasField("threshold") else "-",
+            _guaranteed(state),
+            str(state.images),
+            f"{state.recent_alarms} of {state.recent_images}" if state.recent_images else "-",
+            f"for {state.images_since_drift} images" if state.drift else "no" if state.recent_images else "-",
+            _shadow(state),
+        )
+    return table
+
+
+def _guaranteed(state: ScoringStatus) -> str:
+    if not state.HasField("guarantee"):
+        return "-"
+    known = state.guarantee
+    whose = "its own" if known.own_site else "all sites'"
+    return f"at most {known.false_alarm_rate:.1%}, by {known.images} of {whose} images"
+
+
+def _shadow(state: ScoringStatus) -> str:
+    if not state.shadow:
+        return "-"
+    return (
+        f"release {state.shadow}: of {state.shadow_images} images {state.shadow_only_alarms} alarms more, "
+        f"{state.shadow_missing_alarms} fewer"
+    )
