@@ -27,6 +27,7 @@ from feddymem.maps import anomaly_map
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import Method
 from feddymem.scoring import Inspection, Scorer
+from feddymem.verdicts import judge
 
 METRICS = (
     "image_auroc",
@@ -229,7 +230,9 @@ def _detection(
     detection = asdict(detect(labels, scores, masks, maps))
     if limit is None:
         return {**detection, **dict.fromkeys(("false_alarm_rate", "detection_rate", "guaranteed_rate"), math.nan)}
-    return {**detection, **asdict(alarms(labels, scores >= limit.threshold)), "guaranteed_rate": limit.rate}
+    judgements = [judge(inspection.score, limit) for inspection in inspections]
+    anomalous = np.array([judgement is not None and judgement.anomalous for judgement in judgements], bool)
+    return {**detection, **asdict(alarms(labels, anomalous)), "guaranteed_rate": limit.rate}
 
 
 def _mask(image: TestImage, side: int) -> NDArray[np.bool_] | None:
