@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from numpy.typing import NDArray
 
 from benchmarks import write_result
 from feddymem.backbone import load_extractor
-from feddymem.calibration import FALSE_ALARM_RATE, Calibration, SiteCalibration
+from feddymem.calibration import FALSE_ALARM_RATE, Calibration, Limit, SiteCalibration
 from feddymem.datasets import SiteData, TestImage, load_sites
+from feddymem.drift import DriftTest
 from feddymem.evaluation import auroc
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.federation import MEMORY_TYPE, federate, next_memory
@@ -43,6 +45,8 @@ from services.runtime.hardware import configure_hardware
 SEEDS = 5
 GAIN, OFFSET = 0.8, 15
 NEW_IMAGES = 30
+DRIFT_IMAGES = 50
+"""Images within which drift is to be reported."""
 SPLITS = 400
 """Random splits of each seed's images."""
 
@@ -179,23 +183,21 @@ class Verdicts:
         sites = {name: SiteCalibration(*map(ScoreSketch.of, scores.T)) for name, scores in held_out.items()}
         self.calibration = Calibration.of(sites, FALSE_ALARM_RATE)
 
-    def share(self, site: str, scores: Scores) -> float:
-        """Share of images whose score is anomalous."""
+    def limit(self, site: str) -> Limit:
+        """The limit of its scores."""
         limit = self.calibration.scores.limit(site, FALSE_ALARM_RATE)
         assert limit is not None, "sites hold images out"
-        return float((scores[:, 0] >= limit.threshold).mean())
+        return limit
+
+    def share(self, site: str, scores: Scores) -> float:
+        """Share of images whose score is anomalous."""
+        return float((scores[:, 0] >= self.limit(site).threshold).mean())
 
     def share_with_regions(self, site: str, scores: Scores) -> float:
         """Share of images of which a pixel is anomalous."""
         limit = self.calibration.peaks.limit(site, FALSE_ALARM_RATE)
         assert limit is not None, "sites hold images out"
         return float((scores[:, 1] >= limit.threshold).mean())
-
-    def guaranteed(self, site: str) -> float:
-        """False-alarm rate that is guaranteed."""
-        limit = self.calibration.scores.limit(site, FALSE_ALARM_RATE)
-        assert limit is not None, "sites hold images out"
-        return limit.rate
 
 
 def verdicts(runs: Sequence[Mapping[str, Pools]]) -> dict[str, object]:
@@ -208,7 +210,7 @@ def verdicts(runs: Sequence[Mapping[str, Pools]]) -> dict[str, object]:
                 [
                     found.share(name, pool.good),
                     found.share(name, pool.defect),
-                    found.guaranteed(name),
+                    found.limit(name).rate,
                     found.share_with_regions(name, pool.good),
                     found.share_with_regions(name, pool.defect),
                     found.share(name, pool.relit),
@@ -238,6 +240,35 @@ def resampled(runs: Sequence[Mapping[str, Pools]]) -> dict[str, float]:
     return {what: round(float(value), 4) for what, value in figures.items()}
 
 
+def drift(runs: Sequence[Mapping[str, Pools]]) -> dict[str, object]:
+    """Whether drift is reported while a site inspects its good test images, in the new light and in the old."""
+    rng = np.random.default_rng(0)
+    images: dict[str, list[int | None]] = {"relit": [], "old_light": []}
+    for pools in runs:
+        found = Verdicts({name: pool.held_out for name, pool in pools.items()})
+        for name, pool in pools.items():
+            for what, scores in (("relit", pool.relit), ("old_light", pool.good)):
+                images[what].append(_until_drift(found.limit(name), rng.permutation(scores[:, 0])))
+    return {
+        what: {
+            "reported": round(sum(count is not None for count in counts) / len(counts), 4),
+            "median_images": float(np.median([np.inf if count is None else count for count in counts])),
+        }
+        for what, counts in images.items()
+    }
+
+
+def _until_drift(limit: Limit, scores: NDArray[np.float64]) -> int | None:
+    """Images until drift is reported, of DRIFT_IMAGES at most; None where it is not. Scores come again when they are
+    through."""
+    test = DriftTest(limit)
+    for number, score in enumerate(itertools.islice(itertools.cycle(scores.tolist()), DRIFT_IMAGES), 1):
+        test.add(score)
+        if test.found:
+            return number
+    return None
+
+
 def relearned(outcomes: Sequence[Relearned]) -> dict[str, object]:
     """Means over seeds, each with another site, and of each seed."""
     figures = {what: [getattr(each, what) for each in outcomes] for what in Relearned.__dataclass_fields__}
@@ -262,7 +293,7 @@ def main(data: list[Path]) -> None:
             sites = load_sites(path)
             federations = Federations(sites, Light.of(sites, Path(folder) / path.name), cache)
             runs = [federations.pools(seed) for seed in range(SEEDS)]
-            result[path.name] = {"verdicts": verdicts(runs), "resampled": resampled(runs)}
+            result[path.name] = {"verdicts": verdicts(runs), "resampled": resampled(runs), "drift": drift(runs)}
             write_result("calibration", result)
             result[path.name]["relearned"] = relearned([federations.relearned(seed) for seed in range(SEEDS)])
             write_result("calibration", result)
