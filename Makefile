@@ -115,7 +115,7 @@ wheels:  ## Fetch the packages of an image into wheels/VARIANT; cpu needs PyTorc
 # What the base image's C library (2.36) runs.
 PLATFORMS := $(foreach minor,$(shell seq 5 36),--platform manylinux_2_$(minor)_x86_64) --platform manylinux2014_x86_64
 
-bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity and poisoning on real sets
+bench: setup  ## Measure everything (half an hour on a quiet machine); writes benchmarks/results; DATA="DIR..." for parity, poisoning and calibration on real sets
 	$(BIN)/python -m benchmarks.inspection
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.edge
@@ -123,6 +123,7 @@ bench: setup  ## Measure everything (half an hour on a quiet machine); writes be
 	$(BIN)/python -m benchmarks.release_swaps
 	$(if $(DATA),$(BIN)/python -m benchmarks.runtimes $(DATA))
 	$(if $(DATA),$(BIN)/python -m benchmarks.poisoning $(DATA))
+	$(if $(DATA),$(BIN)/python -m benchmarks.calibration $(DATA))
 	$(BIN)/python -m benchmarks.table
 
 bench-gpu: setup  ## Measure backbone and search on a GPU (on the CPU where there is none)

@@ -22,6 +22,9 @@ from feddymem.sketch import NO_SCORES, ScoreSketch
 Basis = Literal["site", "federation"]
 """Whose held-out images a verdict rests on."""
 
+FALSE_ALARM_RATE = 0.05
+"""Share of normal images that may be called anomalous, unless a federation or a request says otherwise."""
+
 _NARROWEST = 0.95
 """The lower end of the 0..1 scale is at most this share of the threshold, as where all held-out scores are equal."""
 
@@ -82,7 +85,7 @@ class Limit:
         """A value on a scale from 0, as the usual normal image, over 0.5, the threshold, to 1."""
         if self.threshold == 0:  # somebody's own: nothing is below it, and anything above is as far as can be
             return 1.0 if value > 0 else 0.5
-        return min(1.0, max(0.0, (value - self.low) / (self.full - self.low)))
+        return min(1.0, max(0.0, 0.5 + (value - self.threshold) / (self.full - self.low)))
 
     def highest_rate(self, images: int) -> float:
         """Share of so many normal images that may be called anomalous by chance: three standard deviations above the
@@ -140,7 +143,7 @@ class Normals:
     def _relative(self) -> NDArray[np.float64]:
         """Each image's value through the mean of the others of its site: an image must not vouch for itself."""
         several = [values for values in self._scores.values() if len(values) > 1]
-        relative = [values * (len(values) - 1) / (values.sum() - values) for values in several]
+        relative = [values / _means_of_others(values) for values in several]
         return np.sort(np.concatenate([*relative, np.zeros(0)]))
 
 
@@ -171,6 +174,12 @@ class Calibration:
 def site_key(federation: str, site: str) -> str:
     """What tells sites apart in the calibration of a release, which goes to all of them: SHA-256, in hex."""
     return hashlib.sha256(f"{federation}\0{site}".encode()).hexdigest()
+
+
+def _means_of_others(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    others = (values.sum() - values) / (len(values) - 1)
+    # No less than the least: beside a value that is very much larger the others cancel out.
+    return np.asarray(np.maximum(others, values[0]))
 
 
 def _allowed(rate: float, images: int) -> int:

@@ -57,13 +57,15 @@ class Contender:
     Attributes:
         detectors: makes the sites' detectors from their patches; the same for the same arguments.
         summary: what it is, for the report.
-        seeded: whether the outcome depends on the method's seed: k-means starts from coverage seeds, and only what is
+        seeded: whether the detectors depend on the method's seed: k-means starts from coverage seeds, and only what is
             trained or drawn at random does.
+        together: whether sites know of each other, so that they are calibrated together.
     """
 
     detectors: Callable[[Sites, Method, Progress, str], Detectors]
     summary: str
     seeded: bool = True
+    together: bool = True
 
 
 def federated(sites: Sites, method: Method, progress: Progress = no_progress, device: str = "cpu") -> Detectors:
@@ -193,7 +195,10 @@ def _changed(**changes: object) -> Callable[[Sites, Method, Progress, str], Dete
 CONTENDERS: dict[str, Contender] = {
     "feddymem": Contender(federated, "FedDyMem as it is by default", seeded=False),
     "local": Contender(
-        alone, "each site alone, with as many items as it sends to a federation; nothing is sent", seeded=False
+        alone,
+        "each site alone, with as many items as it sends to a federation; nothing is sent",
+        seeded=False,
+        together=False,
     ),
     "pooled": Contender(
         pooled, "PatchCore, 10 % coreset of all sites' patches in one place: privacy given up", seeded=False

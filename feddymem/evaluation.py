@@ -40,6 +40,31 @@ class Detection:
     aupro: float
 
 
+@dataclass(frozen=True)
+class Alarms:
+    """What the verdicts on one site's test images come to.
+
+    Attributes:
+        false_alarm_rate: share of the good images that were called anomalous; NaN where there are none.
+        detection_rate: share of the defect images that were called anomalous; NaN where there are none.
+    """
+
+    false_alarm_rate: float
+    detection_rate: float
+
+
+def alarms(labels: NDArray[np.bool_], anomalous: NDArray[np.bool_]) -> Alarms:
+    """Shares of verdicts.
+
+    Args:
+        labels: (n,) True for defect.
+        anomalous: (n,) True for what was called anomalous.
+    """
+    return Alarms(
+        *(float(called.mean()) if len(called) else math.nan for called in (anomalous[~labels], anomalous[labels]))
+    )
+
+
 def detect(
     labels: NDArray[np.bool_],
     scores: NDArray[np.floating],

@@ -16,15 +16,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from feddymem.calibration import FALSE_ALARM_RATE, Calibration, Limit, SiteCalibration
 from feddymem.comparison import CONTENDERS, Detector
 from feddymem.datasets import SiteData, TestImage
-from feddymem.evaluation import Detection, detect
+from feddymem.evaluation import alarms, detect
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.feature_space import FeatureSpace
+from feddymem.hold_out import calibrate
 from feddymem.maps import anomaly_map
 from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import Method
 from feddymem.scoring import Inspection, Scorer
+from feddymem.verdicts import judge
 
 METRICS = (
     "image_auroc",
@@ -32,6 +35,10 @@ METRICS = (
     "image_f1_max",
     "pixel_auroc",
     "aupro",
+    "false_alarm_rate",
+    "detection_rate",
+    "guaranteed_rate",
+    "held_out_images",
     "bytes_per_site_round",
     "seconds",
     "peak_memory_bytes",
@@ -49,9 +56,11 @@ class Run:
     """One method with one seed.
 
     Attributes:
-        sites: each site's figures, by name. Bytes are those of the site's largest round. The sites of a run share one
-            process, so seconds and peak memory are the run's: wall time of training and scoring from features at hand,
-            and the most that the process held meanwhile, libraries included.
+        sites: each site's figures, by name. False-alarm and detection rate are those of the verdicts at
+            FALSE_ALARM_RATE; the guaranteed rate is above it where too few images are held out. Bytes are those of the
+            site's largest round. The sites of a run share one process, so seconds and peak memory are the run's: wall
+            time of training and scoring from features at hand, and the most that the process held meanwhile, libraries
+            included.
     """
 
     sites: dict[str, Figures]
@@ -109,15 +118,17 @@ class Experiment:
     results: dict[str, Result]
 
 
-def seeds_run(name: str, seeds: Sequence[int], train_images: int | None = None) -> Sequence[int]:
+def seeds_run(name: str, seeds: Sequence[int], hold_out_share: float, train_images: int | None) -> Sequence[int]:
     """The seeds that a method runs with: only the first where it does not depend on it.
 
     Args:
         name: one of CONTENDERS.
         seeds: of the experiment.
-        train_images: see `drawn`; where images are drawn, every method depends on the seed.
+        hold_out_share: of the method; where images are held out, every method depends on the seed, which chooses them.
+        train_images: see `drawn`; where images are drawn, likewise.
     """
-    return seeds if CONTENDERS[name].seeded or train_images is not None else seeds[:1]
+    varied = CONTENDERS[name].seeded or hold_out_share > 0 or train_images is not None
+    return seeds if varied else seeds[:1]
 
 
 def drawn(sites: Sequence[SiteData], count: int | None, seed: int) -> tuple[SiteData, ...]:
@@ -159,34 +170,69 @@ def run(
     """
     reset_peak_memory()
     started = time.perf_counter()
-    sources = {site.name: CachedPatches(cache, site.train) for site in sites}
-    detectors = CONTENDERS[name].detectors(sources, method, progress, str(cache.extractor.device))
-    detections = {site.name: score(site.test, detectors[site.name], cache, progress) for site in sites}
+    device = str(cache.extractor.device)
+    split = {site.name: CachedPatches(cache, site.train).split(method.hold_out_share, method.seed) for site in sites}
+    contender = CONTENDERS[name]
+    detectors = contender.detectors({site: bank for site, (bank, _) in split.items()}, method, progress, device)
+    scored = {site.name: score(site.test, split[site.name][1], detectors[site.name], cache, progress) for site in sites}
+    own = {site: each.calibration for site, each in scored.items()}
+    figures = {}
+    for site in sites:
+        calibrations = own if contender.together else {site.name: own[site.name]}
+        limit = Calibration.of(calibrations, FALSE_ALARM_RATE).scores.limit(site.name, FALSE_ALARM_RATE)
+        figures[site.name] = {
+            **_detection(site.test, scored[site.name].inspections, limit, cache.extractor.feature_space.input_size),
+            "held_out_images": float(len(own[site.name].scores)),
+            "bytes_per_site_round": float(max(detectors[site.name].bytes_sent, default=0)),
+        }
     cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": float(peak_memory())}
-    sent = {site: {"bytes_per_site_round": float(max(d.bytes_sent, default=0))} for site, d in detectors.items()}
-    return Run({site: {**asdict(figures), **sent[site], **cost} for site, figures in detections.items()})
+    return Run({site: {**each, **cost} for site, each in figures.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One site's images, scored by its detector.
+
+    Attributes:
+        calibration: of those held out.
+        inspections: of the test images.
+    """
+
+    calibration: SiteCalibration
+    inspections: list[Inspection]
 
 
 def score(
-    images: Sequence[TestImage], detector: Detector, cache: FeatureCache, progress: Progress = no_progress
-) -> Detection:
-    """Detection figures of one site's test images, scored batch by batch.
-
-    Only patch distances and, for the pixel figures, the maps of input_size squared are held, not the features.
-    """
+    images: Sequence[TestImage],
+    held_out: CachedPatches | None,
+    detector: Detector,
+    cache: FeatureCache,
+    progress: Progress = no_progress,
+) -> Scored:
+    """Scores one site's test images and those it holds out, batch by batch: only patch distances are held."""
     scorer = Scorer(cache.extractor, detector.memory, detector.generator)
     inspections: list[Inspection] = []
     patches = CachedPatches(cache, [image.path for image in images])
     for batch in patches.batches(_BATCH_IMAGES):
         inspections += scorer.inspect_features(batch.to(cache.extractor.device))
         progress("scores", len(inspections), len(images))
-    side = cache.extractor.feature_space.input_size
-    return detect(
-        np.array([image.defect for image in images], bool),
-        np.array([inspection.score for inspection in inspections]),
-        [_mask(image, side) for image in images],
-        [anomaly_map(inspection.distances, (side, side)) for inspection in inspections],
-    )
+    return Scored(calibrate(scorer, held_out, progress), inspections)
+
+
+def _detection(
+    images: Sequence[TestImage], inspections: Sequence[Inspection], limit: Limit | None, side: int
+) -> Figures:
+    """Figures of one site's test images; the maps of `side` squared pixels are held at once."""
+    labels = np.array([image.defect for image in images], bool)
+    scores = np.array([inspection.score for inspection in inspections])
+    masks = [_mask(image, side) for image in images]
+    maps = [anomaly_map(inspection.distances, (side, side)) for inspection in inspections]
+    detection = asdict(detect(labels, scores, masks, maps))
+    if limit is None:
+        return {**detection, **dict.fromkeys(("false_alarm_rate", "detection_rate", "guaranteed_rate"), math.nan)}
+    judgements = [judge(inspection.score, limit) for inspection in inspections]
+    anomalous = np.array([judgement is not None and judgement.anomalous for judgement in judgements], bool)
+    return {**detection, **asdict(alarms(labels, anomalous)), "guaranteed_rate": limit.rate}
 
 
 def _mask(image: TestImage, side: int) -> NDArray[np.bool_] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 from feddymem.calibration import SiteCalibration
@@ -15,6 +16,9 @@ from feddymem.sketch import ScoreSketch
 LEAST, MOST = 5, 1_000
 """Images that a site holds out, at least and at most: 1,000 tell a rate of 5 % to within 1.4 points."""
 
+_ROUNDING = 1e-9
+"""Of images: a share that is a whole number of them is not rounded up."""
+
 
 def held_out(images: Sequence[str], share: float, seed: int) -> frozenset[str]:
     """Which of a site's images are held out.
@@ -24,7 +28,7 @@ def held_out(images: Sequence[str], share: float, seed: int) -> frozenset[str]:
 
     Args:
         images: SHA-256 of each image file, in hex.
-        share: of the images to hold out, to the nearest image, 0 to 0.5; 0 for none at all.
+        share: of the images to hold out, rounded up, 0 to 0.5; 0 for none at all.
         seed: varies the choice.
 
     Returns:
@@ -34,7 +38,7 @@ def held_out(images: Sequence[str], share: float, seed: int) -> frozenset[str]:
     if share == 0:
         return frozenset()
     drawn = sorted(set(images), key=lambda image: hashlib.sha256(f"{seed}:{image}".encode()).digest())
-    return frozenset(drawn[: min(max(round(share * len(drawn)), LEAST), len(drawn) // 2, MOST)])
+    return frozenset(drawn[: min(max(math.ceil(share * len(drawn) - _ROUNDING), LEAST), len(drawn) // 2, MOST)])
 
 
 def calibrate(scorer: Scorer, images: PatchSource | None, progress: Progress = no_progress) -> SiteCalibration:
@@ -44,10 +48,18 @@ def calibrate(scorer: Scorer, images: PatchSource | None, progress: Progress = n
     """
     if images is None:
         return SiteCalibration()
+    found = scores_and_peaks(scorer, images, progress)
+    return SiteCalibration(ScoreSketch.of(score for score, _ in found), ScoreSketch.of(peak for _, peak in found))
+
+
+def scores_and_peaks(
+    scorer: Scorer, images: PatchSource, progress: Progress = no_progress
+) -> list[tuple[float, float]]:
+    """Each image's score, and the largest value of its anomaly map at the input size."""
     side = scorer.extractor.feature_space.input_size
     found: list[tuple[float, float]] = []
     for block in images.blocks():
         inspections: list[Inspection] = scorer.inspect_features(block.to(scorer.extractor.device))
         found += [(each.score, float(anomaly_map(each.distances, (side, side)).max())) for each in inspections]
         progress("calibration", len(found), images.images)
-    return SiteCalibration(ScoreSketch.of(score for score, _ in found), ScoreSketch.of(peak for _, peak in found))
+    return found

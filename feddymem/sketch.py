@@ -16,6 +16,10 @@ MIN_LEVEL, MAX_LEVEL = -4_000, 4_000
 """Lowest and highest level, 2e-9 and 5e8: far beyond what the distances of any feature space are."""
 
 
+_GRID = STEP ** np.arange(MIN_LEVEL, MAX_LEVEL + 1, dtype=np.float64)
+"""What scores of each level count as."""
+
+
 class InvalidSketchError(ValueError):
     """A sketch holds what no scores make."""
 
@@ -25,7 +29,8 @@ class ScoreSketch:
     """How many scores lie on each level of a grid. Sketches merge by adding counts, without any further error.
 
     A score of level `l` is in (STEP^(l-1), STEP^l] and counts as STEP^l. Rounding up is on the safe side wherever it is
-    asked how many scores are at least as high as another one: a sketch never says fewer.
+    asked how many scores are at least as high as another one: a sketch never says fewer. Below the lowest level scores
+    count as it, and above the highest as that one.
 
     Attributes:
         levels: ascending, each between MIN_LEVEL and MAX_LEVEL.
@@ -72,7 +77,7 @@ class ScoreSketch:
     @property
     def scores(self) -> NDArray[np.float64]:
         """(n,) float64, ascending: the scores, each rounded up to its level."""
-        return np.repeat(STEP ** np.array(self.levels, np.float64), np.array(self.counts, np.int64))
+        return np.repeat(_GRID[np.array(self.levels, np.int64) - MIN_LEVEL], np.array(self.counts, np.int64))
 
 
 NO_SCORES = ScoreSketch()
@@ -91,8 +96,4 @@ def level_of(score: float) -> int:
     """
     if not (math.isfinite(score) and score >= 0):
         raise InvalidSketchError(f"score is {score}; expected a finite number of at least 0")
-    if score <= STEP**MIN_LEVEL:
-        return MIN_LEVEL
-    level = math.ceil(math.log(score, STEP))
-    level += score > STEP**level  # what the logarithm was rounded to
-    return min(level, MAX_LEVEL)
+    return MIN_LEVEL + min(int(np.searchsorted(_GRID, score)), MAX_LEVEL - MIN_LEVEL)

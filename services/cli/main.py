@@ -189,6 +189,10 @@ def evaluate(
     memory_items: Annotated[
         int | None, typer.Option(min=1, max=2**20, help="Items of the global memory, at most; without it, the default.")
     ] = None,
+    hold_out_share: Annotated[
+        float,
+        typer.Option(min=0, max=0.5, help="Share of each site's normal images that is held out; 0 for no verdicts."),
+    ] = 0.2,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps patch features, up to 4 GiB; without it, the user's cache.")
     ] = None,
@@ -209,7 +213,7 @@ def evaluate(
         from services.evaluate.main import evaluate as run
 
     chosen = Backbone(backbone, checkpoint, input_size, tile_size, tile_overlap, device)
-    method = Method() if memory_items is None else Method(memory_items=memory_items)
+    method = Method(memory_items=memory_items or Method().memory_items, hold_out_share=hold_out_share)
     raise typer.Exit(run(data, out, methods, seeds, train_images, method, cache, chosen))
 
 

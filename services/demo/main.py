@@ -29,6 +29,7 @@ from services.demo.processes import Fleet, RunningService, ServiceFailedError
 from services.demo.report import Report, ScoredImage, SiteReport, write_report
 
 _FEDERATION = "demo"
+_SHOWN = ("image_auroc", "local_image_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate", "guaranteed_rate")
 _ROUNDS_SECONDS = 3600
 _READY_SECONDS = 120
 
@@ -169,14 +170,14 @@ def _scored(inference: RunningService, site: SiteData) -> Iterator[ScoredImage]:
         for image, outcome in zip(site.test, outcomes, strict=True):
             if isinstance(outcome, InspectionError):
                 raise ServiceFailedError(f"{image.path}: {outcome}") from outcome
-            assert outcome.anomaly_map is not None
-            yield ScoredImage(image, outcome.score, outcome.anomaly_map)
+            yield ScoredImage(image, outcome)
 
 
 def _table(report: Report) -> Table:
-    table = Table("site", "image AUROC", "site alone", "pixel AUROC", "KiB per round", title="inspection through gRPC")
+    headings = ("image AUROC", "site alone", "pixel AUROC", "false alarms", "detected", "guaranteed", "KiB per round")
+    table = Table("site", *headings, title="inspection through gRPC")
     for name, figures in (*report.site_figures.items(), ("mean", report.mean_figures)):
-        cells = (_cell(figures[key]) for key in ("image_auroc", "local_image_auroc", "pixel_auroc"))
+        cells = (_cell(figures[key]) for key in _SHOWN)
         table.add_row(
             name, *cells, f"{(figures['bytes_per_round'] or 0) / 1024:.1f}", end_section=name == list(report.sites)[-1]
         )

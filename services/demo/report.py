@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from feddymem.client import InspectionResult, Verdict
 from feddymem.datasets import TestImage
-from feddymem.evaluation import detect
+from feddymem.evaluation import Alarms, alarms, detect
 from feddymem.images import decode_file
 from feddymem.maps import HeatScale, coloured
 
@@ -32,13 +33,17 @@ class ScoredImage:
 
     Attributes:
         image: the test image.
-        score: its anomaly score.
-        anomalies: (input_size, input_size) float32 anomaly map.
+        result: the answer, with an anomaly map.
     """
 
     image: TestImage
-    score: float
-    anomalies: NDArray[np.float32]
+    result: InspectionResult
+
+    @property
+    def anomalies(self) -> NDArray[np.float32]:
+        """(input_size, input_size) float32 anomaly map."""
+        assert self.result.anomaly_map is not None, "it was asked for"
+        return self.result.anomaly_map
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +68,25 @@ class SiteReport:
     @property
     def scores(self) -> NDArray[np.float64]:
         """(n,) anomaly scores."""
-        return np.array([scored.score for scored in self.scored], np.float64)
+        return np.array([scored.result.score for scored in self.scored], np.float64)
+
+    @property
+    def anomalous(self) -> NDArray[np.bool_] | None:
+        """(n,) True for what was found anomalous; None where there were no verdicts."""
+        verdicts = [scored.result.verdict for scored in self.scored]
+        return None if None in verdicts else np.array([verdict is Verdict.ANOMALOUS for verdict in verdicts], bool)
 
     @cached_property
     def figures(self) -> dict[str, float | None]:
         """What report.json says of the site; null where it cannot be said."""
         masks = [s.image.read_mask(_size(s.anomalies)) if s.image.mask is not None else None for s in self.scored]
         detection = detect(self.labels, self.scores, masks, [s.anomalies for s in self.scored])
+        called = Alarms(math.nan, math.nan) if self.anomalous is None else alarms(self.labels, self.anomalous)
         return {
-            **{name: _finite(value) for name, value in asdict(detection).items()},
+            **{name: _finite(value) for name, value in {**asdict(detection), **asdict(called)}.items()},
+            "guaranteed_rate": max(
+                (g.false_alarm_rate for s in self.scored if (g := s.result.guarantee)), default=None
+            ),
             "local_image_auroc": _finite(self.local_image_auroc),
             "bytes_per_round": max(self.bytes_sent, default=None),
         }
@@ -146,8 +161,8 @@ def write_report(report: Report, out: Path) -> None:
 def _cases(site: SiteReport) -> dict[str, list[tuple[str, str]]]:
     """Overlays of the clearest catches, and of the defects and good images that are most wrong; (caption, image)
     each."""
-    defects = sorted((s for s in site.scored if s.image.defect), key=lambda s: s.score)
-    good = sorted((s for s in site.scored if not s.image.defect), key=lambda s: s.score)
+    defects = sorted((s for s in site.scored if s.image.defect), key=lambda s: s.result.score)
+    good = sorted((s for s in site.scored if not s.image.defect), key=lambda s: s.result.score)
     chosen = {
         "best: defects with the highest scores": defects[::-1][:_CASES],
         "worst: defects with the lowest scores": defects[:_CASES],
@@ -155,16 +170,21 @@ def _cases(site: SiteReport) -> dict[str, list[tuple[str, str]]]:
     }
     full_scale = max((float(s.anomalies.max()) for s in site.scored), default=1.0)
     return {
-        title: [(f"{s.image.kind}/{s.image.path.name}: {s.score:.2f}", _overlay(s, full_scale)) for s in group]
+        title: [(_caption(s), _overlay(s, s.result.scale or HeatScale(0.0, full_scale))) for s in group]
         for title, group in chosen.items()
     }
 
 
-def _overlay(scored: ScoredImage, full_scale: float) -> str:
-    """The image, the same with its anomaly map on the site's common scale, and the mask's outline; as a data URL."""
+def _caption(scored: ScoredImage) -> str:
+    verdict = "" if scored.result.verdict is None else f", {scored.result.verdict.value}"
+    return f"{scored.image.kind}/{scored.image.path.name}: {scored.result.score:.2f}{verdict}"
+
+
+def _overlay(scored: ScoredImage, scale: HeatScale) -> str:
+    """The image, the same with its anomaly map, and the mask's outline; as a data URL."""
     image = decode_file(scored.image.path).astype(np.uint8)
     pixels = cv2.resize(image, _size(scored.anomalies)[::-1], interpolation=cv2.INTER_AREA)
-    blended = cv2.addWeighted(pixels, 0.55, coloured(scored.anomalies, HeatScale(0.0, full_scale)), 0.45, 0)
+    blended = cv2.addWeighted(pixels, 0.55, coloured(scored.anomalies, scale), 0.45, 0)
     if scored.image.mask is not None:
         mask = scored.image.read_mask(_size(scored.anomalies)).astype(np.uint8)
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -160,13 +160,17 @@ def _results(
     """Results of the methods done so far, whenever one more is; with a bar for all runs and one for the step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: dict[str, Result] = {}
+
+    def seeds_of(name: str) -> Sequence[int]:
+        return seeds_run(name, seeds, method.hold_out_share, train_images)
+
     with Progress(*columns, TimeRemainingColumn(), console=console, speed_estimate_period=_SPEED_SECONDS) as bars:
         show = _step(bars)
         extract_all(sites, cache, show)
-        overall = bars.add_task("runs", total=sum(len(seeds_run(name, seeds, train_images)) for name in names))
+        overall = bars.add_task("runs", total=sum(len(seeds_of(name)) for name in names))
         for name in names:
             runs = []
-            for seed in seeds_run(name, seeds, train_images):
+            for seed in seeds_of(name):
                 seeded = method.model_copy(update={"seed": seed})
                 runs.append(run(drawn(sites, train_images, seed), name, seeded, cache, show))
                 bars.advance(overall)

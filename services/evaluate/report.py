@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from feddymem.calibration import FALSE_ALARM_RATE
 from feddymem.comparison import CONTENDERS
 from feddymem.experiment import METRICS, Experiment, Figures
 
@@ -18,13 +19,22 @@ COLUMNS = (
     "best image F1",
     "pixel AUROC",
     "AUPRO",
+    "false alarms",
+    "detected",
+    "guaranteed",
+    "held out",
     "KiB per site and round",
     "s",
     "peak MiB",
 )
 """Headings of METRICS, in their order."""
 
-_FORMS = {"bytes_per_site_round": (1024.0, ".0f"), "seconds": (1.0, ".1f"), "peak_memory_bytes": (2.0**20, ".0f")}
+_FORMS = {
+    "held_out_images": (1.0, ".0f"),
+    "bytes_per_site_round": (1024.0, ".0f"),
+    "seconds": (1.0, ".1f"),
+    "peak_memory_bytes": (2.0**20, ".0f"),
+}
 """Unit and form of the figures that are no shares."""
 
 
@@ -40,7 +50,9 @@ def write_report(experiment: Experiment, out: Path) -> None:
     )
     for name in ("report.html", "report.md"):
         template = environment.get_template(f"{name}.j2")
-        page = template.render(experiment=experiment, columns=COLUMNS, cells=cells, contenders=CONTENDERS)
+        page = template.render(
+            experiment=experiment, columns=COLUMNS, cells=cells, contenders=CONTENDERS, rate=FALSE_ALARM_RATE
+        )
         (out / name).write_text(page)
 
 
@@ -50,6 +62,7 @@ def as_json(experiment: Experiment) -> dict[str, object]:
         "data": experiment.data,
         "seeds": list(experiment.seeds),
         "train_images": experiment.train_images,
+        "false_alarm_rate": FALSE_ALARM_RATE,
         "method": experiment.method.model_dump(exclude={"seed"}),
         "fingerprint": experiment.feature_space.fingerprint,
         "feature_space": asdict(experiment.feature_space),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from feddymem.calibration import Calibration, SiteCalibration
+from feddymem.calibration import Calibration, SiteCalibration, site_key
 from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.hold_out import MOST
@@ -17,6 +17,8 @@ from feddymem.v1 import calibration_pb2, feature_space_pb2, federation_pb2
 from feddymem.v1.array_pb2 import Array
 from services.runtime.arrays import ITEM_TYPES, WireArray, decode, encode
 from services.runtime.errors import invalid
+
+_SITE_KEY_DIGITS = len(site_key("", ""))
 
 
 def feature_space_to_message(space: FeatureSpace) -> feature_space_pb2.FeatureSpace:
@@ -147,11 +149,15 @@ def calibration_from_message(message: calibration_pb2.Calibration) -> Calibratio
     """A calibration from its message; its sites are by `site_key`.
 
     Raises:
-        Refusal: INVALID_ARGUMENT as above, or for a rate that is none.
+        Refusal: INVALID_ARGUMENT as above, or for a rate that is none, or a site that is named wrongly or twice.
     """
     if not 0 < message.false_alarm_rate < 1:
         raise invalid(f"calibration: false_alarm_rate is {message.false_alarm_rate}; expected above 0 and below 1")
     sites = {each.site_sha256.hex(): site_calibration_from_message(each.calibration) for each in message.sites}
+    if len(sites) < len(message.sites) or any(len(key) != _SITE_KEY_DIGITS for key in sites):
+        raise invalid(
+            f"calibration: {len(message.sites)} sites are named by {sorted(sites)}; each needs a SHA-256 of its own"
+        )
     return Calibration.of(sites, message.false_alarm_rate)
 
 

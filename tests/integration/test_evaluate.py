@@ -42,6 +42,7 @@ def test_it_reports_every_method_and_site(data: Path, tmp_path: Path) -> None:
     for method in report["methods"].values():
         assert set(method["sites"]) == {"brick-hall", "dim-hall"}
         assert 0.5 < method["image_auroc"] <= 1
+        assert 0 <= method["false_alarm_rate"] <= method["detection_rate"] <= 1
     assert 0 < report["methods"]["feddymem"]["bytes_per_site_round"] <= 256 * 1024
     assert report["methods"]["local"]["bytes_per_site_round"] == 0
     assert "running-average" in (tmp_path / "out" / "report.html").read_text()
@@ -59,6 +60,16 @@ def test_the_memory_has_the_size_asked_for(data: Path, tmp_path: Path) -> None:
         assert report["method"]["memory_items"] == int(items)
         figures.append(report["methods"]["feddymem"]["pixel_auroc"])
     assert figures[0] < figures[1]
+
+
+def test_nothing_is_held_out_where_none_is_wanted(data: Path, tmp_path: Path) -> None:
+    """Then the method comes out the same with every seed, and runs once."""
+    flags = ("--methods", "feddymem", "--seeds", "2", "--hold-out-share", "0")
+    finished = evaluate(data, tmp_path / "out", *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("feddymem, seed") == 1
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())["methods"]["feddymem"]
+    assert (figures["held_out_images"], figures["false_alarm_rate"], figures["detection_rate"]) == (0, None, None)
 
 
 def test_a_wrong_flag_is_a_usage_error(data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from skimage.measure import label as label_regions
 from sklearn.metrics import f1_score, roc_auc_score
 
-from feddymem.evaluation import Detection, auroc, detect
+from feddymem.evaluation import Alarms, Detection, alarms, auroc, detect
 
 LABELS = np.array([False, False, False, True, True])
 
@@ -196,3 +196,16 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"map of \(3, 3\) pixels has NaN or infinite values"):
             detect(np.array([True]), np.zeros(1), [mask], [np.full((3, 3), value, np.float32)])
+
+
+def test_false_alarms_are_of_good_images_and_detections_of_defects() -> None:
+    labels = np.array([False, False, False, False, True, True])
+    assert alarms(labels, np.array([True, False, False, False, True, False])) == Alarms(0.25, 0.5)
+
+
+def test_without_good_or_defect_images_their_rate_is_not_known() -> None:
+    called = np.array([True, False])
+    good, defect = (alarms(np.array([label] * 2), called) for label in (False, True))
+    assert (good.false_alarm_rate, defect.detection_rate) == (0.5, 0.5)
+    assert math.isnan(good.detection_rate)
+    assert math.isnan(defect.false_alarm_rate)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from feddymem.backbone import FeatureExtractor
-from feddymem.comparison import CONTENDERS
+from feddymem.comparison import CONTENDERS, Contender, Detectors, Sites, averaged
 from feddymem.datasets import SiteData, load_sites
 from feddymem.experiment import METRICS, Experiment, Figures, Result, Run, drawn, extract_all, run, seeds_run
-from feddymem.feature_cache import FeatureCache
+from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.method import Method
 from services.evaluate.main import InvalidChoiceError, parse_methods, parse_seeds
 from services.evaluate.report import as_json, write_report
@@ -77,11 +77,50 @@ def test_extracting_all_says_how_far_it_is(sites: tuple[SiteData, ...], cache: F
 def test_a_site_without_test_images_has_no_detection_figures(sites: tuple[SiteData, ...], cache: FeatureCache) -> None:
     untested = SiteData("untested", sites[0].train[:3], ())
     figures = run([untested], "without-rounds", METHOD, cache).sites["untested"]
-    assert {key for key in METRICS if math.isnan(figures[key])} == set(METRICS[:5])
+    assert {key for key in METRICS if math.isnan(figures[key])} == {*METRICS[:5], "false_alarm_rate", "detection_rate"}
 
 
-def test_methods_without_a_seed_run_once() -> None:
-    assert [seeds_run(name, (3, 4)) for name in ("fedavg", "pooled")] == [(3, 4), (3,)]
+def test_verdicts_are_by_what_all_sites_hold_out_and_of_a_site_alone_by_its_own(
+    sites: tuple[SiteData, ...], cache: FeatureCache
+) -> None:
+    """Three of six images are held out: with another site's, 1 / 7 can be guaranteed, by themselves 1 / 4."""
+    for name, rate in (("feddymem", 1 / 7), ("pooled", 1 / 7), ("local", 1 / 4)):
+        for figures in run(sites, name, METHOD, cache).sites.values():
+            assert figures["held_out_images"] == 3
+            assert figures["guaranteed_rate"] == pytest.approx(rate)
+            assert figures["detection_rate"] == 1
+            assert figures["false_alarm_rate"] in {0, 0.5, 1}
+
+
+def test_without_held_out_images_there_are_no_verdicts(sites: tuple[SiteData, ...], cache: FeatureCache) -> None:
+    whole = METHOD.model_copy(update={"hold_out_share": 0.0})
+    for figures in run(sites, "without-rounds", whole, cache).sites.values():
+        assert figures["held_out_images"] == 0
+        unknown = {key for key in METRICS if math.isnan(figures[key])}
+        assert unknown == {"false_alarm_rate", "detection_rate", "guaranteed_rate"}
+
+
+def test_what_is_held_out_is_in_no_bank_whatever_the_method(
+    sites: tuple[SiteData, ...], cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All methods get the same images, so that the comparison is fair."""
+    seen: list[dict[str, tuple[Path, ...]]] = []
+
+    def detectors(sources: Sites, *_: object) -> Detectors:
+        seen.append({name: source.paths for name, source in sources.items() if isinstance(source, CachedPatches)})
+        return averaged(sources, METHOD)
+
+    monkeypatch.setattr("feddymem.experiment.CONTENDERS", dict.fromkeys(CONTENDERS, Contender(detectors, "")))
+    for name in CONTENDERS:
+        run(sites, name, METHOD, cache)
+    want = {site.name: CachedPatches(cache, site.train).split(0.2, 0)[0].paths for site in sites}
+    assert [len(paths) for paths in want.values()] == [3, 3]
+    assert seen == [want] * len(CONTENDERS)
+
+
+def test_methods_without_a_seed_run_once_where_no_image_is_held_out() -> None:
+    assert [seeds_run(name, (3, 4), 0, None) for name in ("fedavg", "pooled")] == [(3, 4), (3,)]
+    assert seeds_run("pooled", (3, 4), 0.2, None) == (3, 4)
 
 
 def test_images_are_drawn_by_the_seed_and_all_kept_without_a_number(sites: tuple[SiteData, ...]) -> None:
@@ -96,7 +135,7 @@ def test_images_are_drawn_by_the_seed_and_all_kept_without_a_number(sites: tuple
 
 
 def test_where_images_are_drawn_every_method_runs_with_every_seed() -> None:
-    assert seeds_run("pooled", (0, 1, 2), train_images=8) == (0, 1, 2)
+    assert seeds_run("pooled", (0, 1, 2), 0, train_images=8) == (0, 1, 2)
 
 
 def figures(value: float) -> Figures:
@@ -127,7 +166,7 @@ def experiment(small: FeatureExtractor) -> Experiment:
 
 def test_the_json_report_has_a_value_for_every_figure_and_null_for_what_is_not_known(experiment: Experiment) -> None:
     report = as_json(experiment)
-    assert (report["data"], report["seeds"]) == ("<parts>", [0, 1])
+    assert (report["data"], report["seeds"], report["false_alarm_rate"]) == ("<parts>", [0, 1], 0.05)
     assert report["fingerprint"] == experiment.feature_space.fingerprint
     methods = report["methods"]
     assert isinstance(methods, dict)
@@ -150,7 +189,9 @@ def test_the_reports_for_people_have_every_method_and_site(experiment: Experimen
     assert "http" not in page
     assert "<parts>" in text
     for report in (page, text):
-        assert all(word in report for word in ("feddymem", "pooled", "0.438 ± 0.062", "AUPRO"))
+        assert all(
+            word in report for word in ("feddymem", "pooled", "0.438 ± 0.062", "AUPRO", "false alarms", "rate of 5.0 %")
+        )
         assert report.count("±") == 1 + len(METRICS)  # the legend, and feddymem's: pooled ran once
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == (2 + 2) + 2 * (2 + 2)

@@ -11,17 +11,25 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from feddymem.calibration import Calibration, SiteCalibration, site_key
 from feddymem.generator import MemoryGenerator
+from feddymem.hold_out import MOST
 from feddymem.method import Method
+from feddymem.sketch import MAX_LEVEL, ScoreSketch
+from feddymem.v1.calibration_pb2 import CalibratedSite
 from services.runtime.arrays import encode
 from services.runtime.errors import Refusal
 from services.runtime.messages import (
+    calibration_from_message,
+    calibration_to_message,
     feature_space_from_message,
     feature_space_to_message,
     generator_from_wire,
     generator_to_wire,
     method_from_message,
     method_to_message,
+    site_calibration_from_message,
+    site_calibration_to_message,
 )
 from tests import feature_spaces
 
@@ -119,3 +127,69 @@ def test_a_generator_that_is_not_finite_is_not_sent(value: float) -> None:
     generator.outer.bias[0] = value
     with pytest.raises(ValueError, match=r"outer\.bias"):
         generator_to_wire(generator)
+
+
+def site_calibration(*scores: float) -> SiteCalibration:
+    return SiteCalibration(ScoreSketch.of(scores), ScoreSketch.of(2 * score for score in scores))
+
+
+CALIBRATION = Calibration.of(
+    {
+        site_key("parts", "north"): site_calibration(1, 1.5, 2),
+        site_key("parts", "south"): SiteCalibration(),
+    },
+    0.02,
+)
+
+
+def test_a_calibration_comes_back_with_the_same_verdicts() -> None:
+    got = calibration_from_message(calibration_to_message(CALIBRATION))
+    assert got.rate == CALIBRATION.rate
+    assert (got.scores.sites, got.peaks.sites) == (CALIBRATION.scores.sites, CALIBRATION.peaks.sites)
+    for site in ("north", "south", "unknown"):
+        want = CALIBRATION.scores.limit(site_key("parts", site), CALIBRATION.rate)
+        limit = got.scores.limit(site_key("parts", site), got.rate)
+        assert limit is not None
+        assert want is not None
+        assert (limit.threshold, limit.rate, limit.basis) == (want.threshold, want.rate, want.basis)
+
+
+def test_a_calibration_names_no_site() -> None:
+    assert b"north" not in calibration_to_message(CALIBRATION).SerializeToString()
+    assert site_key("parts", "north") != site_key("part", "snorth")
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, math.nan, math.inf])
+def test_a_calibration_with_a_rate_that_is_none_is_refused(rate: float) -> None:
+    message = calibration_to_message(CALIBRATION)
+    message.false_alarm_rate = rate
+    with pytest.raises(Refusal, match="false_alarm_rate"):
+        calibration_from_message(message)
+
+
+@pytest.mark.parametrize("site", [b"", b"north", bytes.fromhex(site_key("parts", "north"))])
+def test_a_calibration_of_a_site_that_is_named_wrongly_or_twice_is_refused(site: bytes) -> None:
+    message = calibration_to_message(CALIBRATION)
+    message.sites.append(CalibratedSite(site_sha256=site))
+    with pytest.raises(Refusal, match="each needs a SHA-256 of its own"):
+        calibration_from_message(message)
+
+
+@pytest.mark.parametrize(
+    ("levels", "counts"),
+    [([1], []), ([], [1]), ([2, 1], [1, 1]), ([1, 1], [1, 1]), ([MAX_LEVEL + 1], [1]), ([1], [0]), ([1], [MOST + 1])],
+)
+def test_a_sketch_that_no_scores_make_is_refused(levels: list[int], counts: list[int]) -> None:
+    message = site_calibration_to_message(SiteCalibration())
+    for sketch in (message.scores, message.peaks):
+        sketch.levels.extend(levels)
+        sketch.counts.extend(counts)
+    with pytest.raises(Refusal, match="calibration: ") as caught:
+        site_calibration_from_message(message)
+    assert caught.value.status == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_scores_and_peaks_are_of_the_same_images() -> None:
+    message = site_calibration_to_message(SiteCalibration(ScoreSketch.of([1, 2]), ScoreSketch.of([1])))
+    with pytest.raises(Refusal, match="scores are of 2 images and peaks of 1"):
+        site_calibration_from_message(message)
