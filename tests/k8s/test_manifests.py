@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,7 +50,7 @@ def images(objects: list[Object]) -> set[tuple[str, bool]]:
     return {(box["image"], GPU in box["resources"]["limits"]) for box in boxes}
 
 
-def extend(file: Path, key: str, entries: list[Object]) -> None:
+def extend(file: Path, key: str, entries: Sequence[object]) -> None:
     """Adds to a list of a kustomization."""
     content = yaml.safe_load(file.read_text())
     content[key] = [*content.get(key, []), *entries]
@@ -120,6 +120,16 @@ def test_combinations_are_of_all_components_and_overlays_use_each() -> None:
     used = {each for path in files for each in yaml.safe_load(path.read_text()).get("components", [])}
     without = {"tracing"}  # where the collector is, nobody but you knows
     assert {each.partition("/components/")[2] for each in used} == {*COMPONENTS, ""} - without
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_traces_can_be_added_to_every_overlay(name: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    folder = tmp_path / "k8s" / "overlays" / name
+    extend(folder / "kustomization.yaml", "components", ["../../components/tracing"])
+    objects = build(folder)
+    assert problems(objects, trusted_network=name in TRUSTED_NETWORK) == []
+    assert {collector_port(each) for each in workloads(objects)} == {4317}
 
 
 def test_base_alone_does_not_start() -> None:
