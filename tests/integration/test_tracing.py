@@ -199,7 +199,7 @@ def test_without_its_collector_a_service_inspects_says_little_of_it_and_stops_so
     fleet: Fleet, system: System, products: dict[str, SiteData]
 ) -> None:
     inference, site = start_inference(fleet, system), products["brick-hall"]
-    with InspectionClient(inference.grpc, attempts=1) as client:
+    with InspectionClient(inference.grpc, attempts=1, window=1) as client:
         results = list(client.inspect_many(site.train[:4] * 10))
     assert [type(result).__name__ for result in results] == ["InspectionResult"] * 40
     started = time.monotonic()
