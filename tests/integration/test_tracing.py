@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from feddymem.client import InspectionClient, InvalidRequestError
-from feddymem.client.channel import REQUEST_ID
+from feddymem.client.errors import request_id_of
 from feddymem.datasets import SiteData
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectStreamRequest
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
@@ -120,7 +120,7 @@ def test_the_log_tells_of_a_refused_request_by_its_trace_and_by_the_id_that_the_
         InspectionServiceStub(channel).Inspect(
             InspectRequest(encoded=b"no image"), timeout=TIMEOUT_SECONDS, metadata=(("traceparent", TRACEPARENT),)
         )
-    request_id = dict(caught.value.trailing_metadata())[REQUEST_ID]  # type: ignore[attr-defined]
+    request_id = request_id_of(caught.value)
     server = collector.one(INSPECT, trace=TRACE)
     assert server.attributes["feddymem.request_id"] == request_id
     assert server.attributes["rpc.response.status_code"] == "INVALID_ARGUMENT"

@@ -75,8 +75,8 @@ async def served() -> AsyncIterator[aio.Channel]:
     """A traced channel to a server of `METHODS`."""
     server = aio.server(interceptors=[RpcBoundary({}, {}, {}, 1000, 100, 100)])
     of_one: Any = grpc.unary_unary_rpc_method_handler
-    handlers = [of_one(turn), of_one(fail), of_one(refuse), grpc.stream_stream_rpc_method_handler(echo)]  # type: ignore[arg-type]
-    handlers.append(grpc.unary_stream_rpc_method_handler(watch))  # type: ignore[arg-type]
+    handlers = [of_one(turn), of_one(fail), of_one(refuse), grpc.stream_stream_rpc_method_handler(echo)]
+    handlers.append(grpc.unary_stream_rpc_method_handler(watch))
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler(SERVICE, dict(zip(METHODS, handlers, strict=True)))]
     )
@@ -112,7 +112,8 @@ async def test_an_rpc_is_a_span_in_the_trace_of_its_caller(
     exported: InMemorySpanExporter, name: str, code: str, status: StatusCode
 ) -> None:
     async with served() as channel:
-        call: Any = channel.unary_unary(f"/{SERVICE}/{name}")(b"ab", timeout=SECONDS, metadata=(TRACEPARENT,))
+        method: Any = channel.unary_unary(f"/{SERVICE}/{name}")
+        call = method(b"ab", timeout=SECONDS, metadata=(TRACEPARENT,))
         assert (await call.code()).name == code
     [span] = of_kind(exported, SpanKind.SERVER)
     assert (span.name, ids(span)) == (f"{SERVICE}/{name}", (TRACE, PARENT))
@@ -168,9 +169,10 @@ async def test_a_stream_is_a_span_until_its_end_and_what_is_done_in_it_is_below(
 
 async def test_watches_and_methods_that_are_not_there_make_no_spans(exported: InMemorySpanExporter) -> None:
     async with served() as channel:
-        async for _ in channel.unary_stream(f"/{SERVICE}/WatchNothing")(b"", timeout=SECONDS):
+        any_channel: Any = channel
+        async for _ in any_channel.unary_stream(f"/{SERVICE}/WatchNothing")(b"", timeout=SECONDS):
             pass
-        missing: Any = channel.unary_unary(f"/{SERVICE}/Missing")(b"", timeout=SECONDS)
+        missing = any_channel.unary_unary(f"/{SERVICE}/Missing")(b"", timeout=SECONDS)
         assert await missing.code() is grpc.StatusCode.UNIMPLEMENTED
     assert exported.get_finished_spans() == ()
 
