@@ -129,7 +129,7 @@ class Federation:
         metrics.BANKS_ACCEPTED.labels(self.name).inc()
         metrics.BANK_BYTES.labels(self.name).inc(received)
         _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=items)
-        self.rounds.changed()
+        self.rounds.bank_accepted(header.site)
 
     def activate(self, version: int, expected: int | None) -> None:
         """Activates a release, see operator.proto.

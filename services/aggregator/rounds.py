@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+from opentelemetry.trace import Link
 
 from feddymem.outliers import Outlier
 from feddymem.v1.federation_pb2 import (
@@ -26,6 +28,7 @@ from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import OpenedRound, State
 from services.aggregator.uploads import Uploads
+from services.runtime import tracing
 from services.runtime.array_store import ArrayStore
 from services.runtime.changes import Changes
 from services.runtime.logs import get_logger
@@ -67,6 +70,7 @@ class Rounds:
         self._name, self._settings, self._state = name, settings, state
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
         self._aggregating = False
+        self._delivered: dict[str, Link] = {}
         self._judged: Merging | None = None
         self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None
@@ -124,6 +128,13 @@ class Rounds:
         elif self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(WAITS_FOR_SECONDS, self._tell)
 
+    def bank_accepted(self, site: str) -> None:
+        """A site's bank of the open round has been accepted, in the trace that is the current one."""
+        link = tracing.link_to_current()
+        if link is not None:
+            self._delivered[site] = link
+        self.changed()
+
     def release_activated(self) -> None:
         """The operator has activated a release: a round whose base was damaged on the disk starts from that one."""
         opened = self._state.opened_round(self._name, self.number)
@@ -169,12 +180,13 @@ class Rounds:
         while (seconds := self._seconds_to_wait()) > 0:
             await self._changes.wait(None if seconds == float("inf") else seconds)
         try:
-            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
+            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time(), self._traced():
                 released = await self._release()
         except DamagedBankError as error:
             self._ask_again(error)
             return
         if released:
+            self._delivered.clear()
             self.forget_banks()
             metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
             self.changed()
@@ -238,7 +250,9 @@ class Rounds:
     async def _release(self) -> bool:
         """Makes the release of the round; whether there is one."""
         inputs = self._inputs()
-        merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+        with tracing.span("k-means", banks=len(inputs.banks)) as merging:
+            merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+            tracing.note(merging, iterations=merged.iterations, items=len(merged.memory))
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
         self._judged = inputs
@@ -253,13 +267,19 @@ class Rounds:
             feature_space=self._state.feature_space(self._name),
             needs_generator=self._settings.method.generator,
         )
-        release = await make_release(merged, inputs.banks, draft, self._arrays)
-        if self._inputs() != inputs:
-            return False
-        self._releases.add(release, inputs.origins)
+        with tracing.span("publish"):
+            release = await make_release(merged, inputs.banks, draft, self._arrays)
+            if self._inputs() != inputs:
+                return False
+            self._releases.add(release, inputs.origins)
         metrics.BANKS_QUARANTINED.labels(self._name).inc(len(merged.outliers))
         _log.info("released", federation=self._name, version=release.version, sites=release.provenance.sites)
         return True
+
+    def _traced(self) -> AbstractContextManager[object]:
+        """A trace of its own: an aggregation is no part of the upload that happened to be the last."""
+        links = tuple(self._delivered.values())
+        return tracing.span("aggregation", links, root=True, federation=self._name, round=self.number)
 
     def _inputs(self) -> Merging:
         opened = self._state.opened_round(self._name, self.number)

@@ -211,10 +211,11 @@ def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:
     from feddymem.datasets import DatasetError
     from services.edge_client.participant import ParticipationError
     from services.runtime.settings import InvalidSettingsError
+    from services.runtime.trace_export import InvalidVariableError
 
     try:
         run(args)
-    except (InvalidSettingsError, DatasetError, TlsError) as error:
+    except (InvalidSettingsError, InvalidVariableError, DatasetError, TlsError) as error:
         fail(str(error), USAGE)
     except ParticipationError as error:
         fail(str(error), REFUSED)

@@ -17,6 +17,7 @@ from services.inference import metrics
 from services.inference.batcher import Batcher, Scored
 from services.inference.outcomes import counted_if_raised
 from services.inference.registry import Active, Registry
+from services.runtime import tracing
 from services.runtime.errors import Refusal, invalid
 
 
@@ -107,6 +108,11 @@ class Inspector:
             if value is not None and not value >= 0:
                 raise invalid(f"{name} is {value}; expected a number of at least 0")
         active = self._registry.find(inspection.federation, inspection.site)
+        site = inspection.site or active.site
+        with tracing.span("inspection", federation=active.federation, site=site, release=active.release):
+            return await self._score(inspection, active)
+
+    async def _score(self, inspection: Inspection, active: Active) -> Result:
         started = time.monotonic()
         while True:
             waited = time.monotonic() - started

@@ -298,6 +298,24 @@ def test_broken_connection_between_clusters_is_found(
     assert [line for line in problems(objects) if problem in line]
 
 
+ENDPOINT = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector.tracing.svc:4317"}
+
+
+def test_a_collector_that_pods_cannot_reach_is_found() -> None:
+    objects = build(K8S / "overlays" / "prod")
+    change(find(objects, INFERENCE), f"{BOX} env", [*find_env(objects, INFERENCE), ENDPOINT])
+    wanted = "namespaces with feddymem.io/tracing=true at TCP 4317"
+    assert problems(objects) == [f"{INFERENCE}: no NetworkPolicy lets it out to {wanted}"]
+    endpoint = {**ENDPOINT, "value": "http://collector.tracing.svc"}
+    change(find(objects, INFERENCE), f"{BOX} env", [*find_env(objects, INFERENCE)[:-1], endpoint])
+    assert any("http://collector.tracing.svc, and not http(s)://HOST:PORT" in line for line in problems(objects))
+
+
+def find_env(objects: list[Object], name: str) -> list[Object]:
+    env: list[Object] = find(objects, name)["spec"]["template"]["spec"]["containers"][0]["env"]
+    return env
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [

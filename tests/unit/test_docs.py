@@ -21,7 +21,7 @@ from services.aggregator.settings import AggregatorSettings, FederationSettings
 from services.cli import exit_codes
 from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
-from services.runtime import backoff, channels, following, rate, receiving, server_identity
+from services.runtime import backoff, channels, following, rate, receiving, server_identity, trace_export
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 ROOT = DOCS.parent
@@ -53,7 +53,7 @@ def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None
     expected: dict[str, object] = {}
     for model in (AggregatorSettings, FederationSettings, EdgeClientSettings, InferenceSettings):
         expected |= settings_in_seconds(model)
-    for module in (backoff, channel, channels, following, rate, receiving, rounds, server_identity):
+    for module in (backoff, channel, channels, following, rate, receiving, rounds, server_identity, trace_export):
         expected |= {name: value for name, value in vars(module).items() if name.endswith("_SECONDS")}
     assert {name: float(value) for name, value in listed.items()} == expected | client_waits()
 
