@@ -15,7 +15,7 @@ IMAGE ?= feddymem$(if $(filter cuda,$(VARIANT)),-cuda):$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test deploy-test fuzz soak check k8s-check format protos rules breaking lock images wheels bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test deploy-test fuzz soak check k8s-check format protos rules dashboards breaking lock images wheels bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,7 +60,7 @@ soak: setup  ## Kill, cut off and damage everything at every moment, then half a
 	CHAOS_REPEATS=10 $(BIN)/python -m pytest tests/chaos/test_partitions.py tests/chaos/test_proxy.py
 	$(BIN)/python -m tests.chaos.soak --minutes 30
 
-check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos, stale generated code and rules, manifests
+check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos, stale generated files, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -68,6 +68,7 @@ check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos
 	cd protos && buf lint
 	$(BIN)/python -m tests.generated_code
 	$(BIN)/python -m tests.monitoring.prometheus_rule
+	$(BIN)/python -m tests.monitoring.dashboards
 	$(BIN)/hadolint Dockerfile
 
 k8s-check: setup  ## Build all overlays; hold them against two versions of Kubernetes, and against each other
@@ -82,6 +83,9 @@ protos: setup  ## Generate feddymem/v1 and feddymem/openinference from protos/
 
 rules: setup  ## Put monitoring/rules.yaml into the object for the Prometheus operator
 	$(BIN)/python -m tests.monitoring.prometheus_rule write
+
+dashboards: setup  ## Write monitoring/dashboards from the panels in tests/monitoring/dashboards
+	$(BIN)/python -m tests.monitoring.dashboards write
 
 breaking: setup  ## Compare the contract with the one of BASE (default: the last commit); fails on a breaking change
 	cd protos && buf breaking --against '../.git#ref=$(or $(BASE),HEAD),subdir=protos'

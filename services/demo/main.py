@@ -33,28 +33,38 @@ _ROUNDS_SECONDS = 3600
 _READY_SECONDS = 120
 
 
-def demo(data: Path | None, out: Path) -> int:
-    """Runs the demo; the exit code."""
+def demo(data: Path | None, out: Path, with_prometheus: bool = False) -> int:
+    """Runs the demo; the exit code.
+
+    Args:
+        data: site folders; None for synthetic ones.
+        out: folder for the report.
+        with_prometheus: has a Prometheus watch it, and leaves all of it running until it is interrupted.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=True, soft_wrap=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="feddymem-demo-") as folder:
+        prometheus = find_prometheus() if with_prometheus else None
+        with tempfile.TemporaryDirectory(prefix="feddymem-demo-") as name, Fleet(Path(name) / "services") as fleet:
+            folder = Path(name)
             if data is None:
-                data = Path(folder) / "synthetic"
+                data = folder / "synthetic"
                 write_products(data)
-            report = _run(load_sites(data), Path(folder), console)
+            report = _run(fleet, load_sites(data), folder, prometheus, console)
             write_report(report, out)
+            Console().print(_table(report))
+            console.print(f"report: {out / 'report.html'} and {out / 'report.json'}", markup=False)
+            if prometheus is not None:
+                _stay(fleet, console)
     except KeyboardInterrupt:
         console.print("feddymem demo: interrupted; all services are stopped")
         return INTERRUPTED
     except DatasetError as error:
         console.print(f"feddymem demo: {error}", markup=False)
         return USAGE
-    except ServiceFailedError as error:
+    except (NoPrometheusError, ServiceFailedError) as error:
         console.print(f"feddymem demo: {error}", markup=False)
         return FAILED
-    Console().print(_table(report))
-    console.print(f"report: {out / 'report.html'} and {out / 'report.json'}", markup=False)
     return OK
 
 
