@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from services.demo.processes import Fleet
+from services.runtime.files import write_atomically
 
 MONITORING = Path(__file__).parents[2] / "monitoring"
 _READY_SECONDS = 30
@@ -51,7 +51,9 @@ def find_prometheus() -> str:
             "`brew install prometheus` on macOS, or from https://prometheus.io/download"
         )
     if not (MONITORING / "prometheus.yaml").exists():
-        raise NoPrometheusError(f"there is no {MONITORING / 'prometheus.yaml'}; run this in a checkout of the repository")
+        raise NoPrometheusError(
+            f"there is no {MONITORING / 'prometheus.yaml'}; run this in a checkout of the repository"
+        )
     return found
 
 
@@ -74,7 +76,7 @@ def start_prometheus(fleet: Fleet, program: str, configuration: Path) -> str:
         f"--storage.tsdb.path={configuration / 'data'}",
         f"--web.listen-address={address}",
     )
-    fleet.wait_until(lambda: answers(f"http://{address}/-/ready"), _READY_SECONDS, "Prometheus to be ready")
+    fleet.wait_until(lambda: answers(address), _READY_SECONDS, "Prometheus to be ready")
     return address
 
 
@@ -87,9 +89,7 @@ def write_targets(configuration: Path, targets: Sequence[Target]) -> None:
         }
         for target in targets
     ]
-    part = configuration / "targets.part"
-    part.write_text(yaml.safe_dump(groups))
-    part.rename(configuration / "targets.yaml")
+    write_atomically(configuration / "targets.yaml", yaml.safe_dump(groups).encode())
 
 
 def free_port() -> int:
@@ -98,10 +98,13 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def answers(url: str) -> bool:
-    """Whether a server says that it is ready."""
+def answers(address: str) -> bool:
+    """Whether a server at HOST:PORT says that it is ready."""
+    connection = http.client.HTTPConnection(address, timeout=_ANSWER_SECONDS)
     try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS):
-            return True
-    except (urllib.error.URLError, OSError):
+        connection.request("GET", "/-/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
