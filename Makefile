@@ -15,7 +15,7 @@ IMAGE ?= feddymem$(if $(filter cuda,$(VARIANT)),-cuda):$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test deploy-test fuzz soak check k8s-check format protos rules dashboards breaking lock images wheels bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test deploy-test monitor-test fuzz soak check k8s-check format protos rules dashboards breaking lock images wheels bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ test: setup clients  ## Run all tests (those that need a GPU are skipped where t
 
 deploy-test: setup  ## Build the image and run the dev overlay in containers, without a cluster: load, kills, updates (Debian, root)
 	tests/deploy/run.sh
+
+monitor-test: setup  ## Have a real Prometheus and Alertmanager watch a federation that breaks and is mended (Debian, root)
+	tests/monitoring/install
+	$(BIN)/python -m pytest tests/monitoring -m monitor
 
 fuzz: setup  ## Send 10,000 malformed calls to real services, then look for more, guided by coverage; SECONDS_EACH=600
 	$(BIN)/python -m tests.fuzz.malformed --inputs 10000

@@ -60,15 +60,12 @@ class Fleet:
     ) -> None:
         self.stop()
 
-    def launch(self, name: str, command: str, *flags: str, program: Sequence[str] = FEDDYMEM) -> None:
-        """Starts `feddymem COMMAND FLAGS`; `wait_listening` waits until it listens.
+    def launch(self, name: str, command: str, *flags: str) -> None:
+        """Starts `feddymem COMMAND FLAGS`; `wait_listening` waits until it listens."""
+        self.launch_with(FEDDYMEM, name, command, *flags)
 
-        Args:
-            name: of the service, in this fleet.
-            command: of `feddymem`.
-            flags: of the command.
-            program: that takes both, where it is not `feddymem` itself.
-        """
+    def launch_with(self, program: Sequence[str], name: str, command: str, *flags: str) -> None:
+        """As `launch`, with a program that takes `feddymem`'s place."""
         folder = self._folder / name
         (folder / "address.json").unlink(missing_ok=True)
         self.launch_program(
