@@ -91,3 +91,8 @@ def test_panel_has_data(seen: Seen, dashboard: Dashboard, panel: Panel) -> None:
     for query in panel.queries:
         expr = faster(filled(query.expr, values))
         assert seen.prometheus.numbers(expr, seen.stack.started, seen.ended), f"{panel.title!r} is empty: {expr}"
+
+
+def test_a_query_without_data_is_found(seen: Seen) -> None:
+    for expr in ("feddymem_gone", "feddymem_ready > 1", "0 * feddymem_ready / 0"):
+        assert seen.prometheus.numbers(expr, seen.stack.started, seen.ended) == []
