@@ -129,6 +129,7 @@ bench: setup  ## Measure everything (half an hour on a quiet machine); writes be
 	$(BIN)/python -m benchmarks.edge
 	$(BIN)/python -m benchmarks.edge_memory
 	$(BIN)/python -m benchmarks.release_swaps
+	$(BIN)/python -m benchmarks.scraping
 	$(if $(DATA),$(BIN)/python -m benchmarks.runtimes $(DATA))
 	$(if $(DATA),$(BIN)/python -m benchmarks.poisoning $(DATA))
 	$(BIN)/python -m benchmarks.table
