@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: help setup demo clients test deploy-test monitor-test fuzz soak check k8s-check format protos rules dashboards breaking lock images wheels bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed  ## Make the virtual environment from the locked versions (7 GB: PyPI's torch carries CUDA)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.monitoring.dashboards.grafana import BLUE, GREEN, ORANGE, RED, Dashboard, Panel, Query, Row, Variable
+from tests.monitoring.dashboards.grafana import GREEN, ORANGE, RED, Dashboard, Panel, Query, Row, Variable
 from tests.monitoring.dashboards.parts import (
     NAMESPACE,
     NOTHING_OR_SOME,
@@ -14,6 +14,7 @@ from tests.monitoring.dashboards.parts import (
     alerts_of,
     devices,
     firing,
+    oldest_release,
     outcomes,
     processes,
     ready,
@@ -101,14 +102,7 @@ HEALTH = Row(
             unit="none",
             steps=NOTHING_OR_SOME,
         ),
-        Panel(
-            title="Oldest release",
-            description="Age of the oldest release that scores. No fault by itself: rounds may be over.",
-            kind="stat",
-            queries=(Query(f"time() - min(feddymem_serving_release_timestamp_seconds{{{_FEDERATIONS}}})"),),
-            unit="s",
-            steps=((BLUE, 0),),
-        ),
+        oldest_release(_FEDERATIONS),
     ),
 )
 

@@ -75,6 +75,18 @@ def ready(title: str, description: str, who: str, of: str) -> Panel:
     )
 
 
+def oldest_release(of: str) -> Panel:
+    """How old releases are."""
+    return Panel(
+        title="Oldest release",
+        description="Age of the oldest release that scores. No fault by itself: rounds may be over.",
+        kind="stat",
+        queries=(Query(f"time() - min(feddymem_serving_release_timestamp_seconds{{{of}}})"),),
+        unit="s",
+        steps=((BLUE, 0),),
+    )
+
+
 def outcomes(description: str) -> Panel:
     """How a site's inspections end."""
     query = f"sum by (outcome) (rate(feddymem_inspections_total{{{OF_SITE}}}[$__rate_interval]))"

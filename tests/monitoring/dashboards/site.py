@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.monitoring.dashboards.grafana import BLUE, GREEN, ORANGE, RED, Dashboard, Panel, Query, Row
+from tests.monitoring.dashboards.grafana import GREEN, ORANGE, RED, Dashboard, Panel, Query, Row
 from tests.monitoring.dashboards.parts import (
     NAMESPACE,
     NOTHING_OR_ODD,
@@ -13,6 +13,7 @@ from tests.monitoring.dashboards.parts import (
     alerts_of,
     devices,
     firing,
+    oldest_release,
     outcomes,
     processes,
     ready,
@@ -68,14 +69,7 @@ HEALTH = Row(
             unit="none",
             steps=((GREEN, 0), (ORANGE, 5)),
         ),
-        Panel(
-            title="Oldest release",
-            description="Age of the oldest release that the site's lines are scored with.",
-            kind="stat",
-            queries=(Query(f"time() - min(feddymem_serving_release_timestamp_seconds{{{OF_SITE}}})"),),
-            unit="s",
-            steps=((BLUE, 0),),
-        ),
+        oldest_release(OF_SITE),
     ),
 )
 
