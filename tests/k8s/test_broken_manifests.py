@@ -23,6 +23,7 @@ RULE = "PrometheusRule/feddymem"
 POLICY = "NetworkPolicy/"
 SERVICE = "Service/inference-site-a"
 CONFIG = "ConfigMap/inference-settings-site-a"
+DASHBOARD = "ConfigMap/feddymem-dashboard-site"
 TEXT = "aggregator: nowhere:7070\ndanger_listen_without_tls: true"
 
 
@@ -240,6 +241,13 @@ BROKEN = [
     ),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "http", "has no port http"),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "grpc", "lets it in from namespaces with feddymem.io/monitor"),
+    # Dashboards
+    (DASHBOARD, "data site.json", "{", "site.json is no dashboard"),
+    (DASHBOARD, "data site.json", '{"uid": "site"}', "site.json is no dashboard"),
+    (DASHBOARD, "data site", "{}", "site is no dashboard"),
+    (DASHBOARD, "data again.json", '{"uid": "feddymem-site", "panels": [1]}', "dashboard feddymem-site: is there 2"),
+    (DASHBOARD, "data site.json", " " * 250_000, "is too large for kubectl apply"),
+    (DASHBOARD, "metadata labels", {}, "nobody mounts it"),
     (MONITOR, "kind", "Monitor", "feddymem.io/monitoring=true at TCP 9072, for nothing"),
 ]
 

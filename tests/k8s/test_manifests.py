@@ -26,6 +26,7 @@ from tests.k8s.manifests import (
     Object,
     build,
     containers,
+    copied,
     named,
     of_kind,
     title,
@@ -59,7 +60,7 @@ def extend(file: Path, key: str, entries: Sequence[object]) -> None:
 
 def combined(folder: Path, options: Iterable[str]) -> list[Object]:
     """Base with some components, in a namespace of its own; without TLS where that is not among them."""
-    shutil.copytree(K8S, folder / "k8s")
+    copied(folder)
     below = [each for each in ("autoscaling", "gpu") if each in options]
     beside = [f"components/{each}" for each in (TLS if "tls" in options else ())] or ["overlays/dev/without-tls"]
     beside += [f"components/{each}" for each in ("monitoring", "tracing") if each in options]
@@ -93,7 +94,7 @@ def test_images_are_of_this_version_and_for_gpus_where_there_are_some(name: str)
 
 def test_images_of_a_registry_take_the_place_of_both(tmp_path: Path) -> None:
     registry = "registry.example.org:5000/lines"
-    shutil.copytree(K8S, tmp_path / "k8s")
+    copied(tmp_path)
     entries = [
         {"name": name, "newName": f"{registry}/{name}", "newTag": "0.1.0-2"} for name in ("feddymem", "feddymem-cuda")
     ]
@@ -112,6 +113,10 @@ def test_components_are_sound_in_every_combination(options: tuple[str, ...], tmp
     found = {option for option, kind in made.items() if kind in kinds}
     found |= {"tracing"} if all(collector_port(each) for each in workloads(objects)) else set()
     assert found == set(options) - {"gpu"}
+    shown = [
+        item for item in of_kind(objects, "ConfigMap") if "grafana_dashboard" in item["metadata"].get("labels", {})
+    ]
+    assert len(shown) == (3 if "monitoring" in options else 0)
 
 
 def test_combinations_are_of_all_components_and_overlays_use_each() -> None:
@@ -171,7 +176,7 @@ def test_site_and_central_fit_each_other() -> None:
 
 
 def test_another_site_is_a_copy_of_the_first_with_another_name(tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
+    copied(tmp_path)
     prod = tmp_path / "k8s" / "overlays" / "prod"
     shutil.copytree(prod / "site-a", prod / "site-b")
     for path in [path for path in (prod / "site-b").rglob("*") if path.is_file()]:
@@ -194,7 +199,7 @@ def test_another_site_is_a_copy_of_the_first_with_another_name(tmp_path: Path) -
 def test_secrets_by_hand_take_the_place_of_certificates(name: str, roles: int, tmp_path: Path) -> None:
     page = (K8S / "README.md").read_text()
     [block] = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
-    shutil.copytree(K8S, tmp_path / "k8s")
+    copied(tmp_path)
     file = tmp_path / "k8s" / "overlays" / name / "kustomization.yaml"
     extend(file, "patches", yaml.safe_load(block)["patches"])
     objects = build(file.parent)
