@@ -15,10 +15,10 @@ IMAGE ?= feddymem$(if $(filter cuda,$(VARIANT)),-cuda):$(VERSION)
 ENGINE ?= $(shell command -v podman || command -v docker)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo clients test deploy-test fuzz soak check k8s-check format protos rules breaking lock images wheels bench bench-gpu bench-peer clean
+.PHONY: help setup demo clients test deploy-test monitor-test fuzz soak check k8s-check format protos rules dashboards breaking lock images wheels bench bench-gpu bench-peer clean
 
 help:  ## Explain every target
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed  ## Make the virtual environment from the locked versions (7 GB: PyPI's torch carries CUDA)
 
@@ -45,6 +45,10 @@ test: setup clients  ## Run all tests (those that need a GPU are skipped where t
 deploy-test: setup  ## Build the image and run the dev overlay in containers, without a cluster: load, kills, updates (Debian, root)
 	tests/deploy/run.sh
 
+monitor-test: setup  ## Have a real Prometheus and Alertmanager watch a federation that breaks and is mended (Debian, root)
+	tests/monitoring/install
+	$(BIN)/python -m pytest tests/monitoring -m monitor
+
 fuzz: setup  ## Send 10,000 malformed calls to real services, then look for more, guided by coverage; SECONDS_EACH=600
 	$(BIN)/python -m tests.fuzz.malformed --inputs 10000
 	mkdir -p $(OUT)/fuzz
@@ -60,7 +64,7 @@ soak: setup  ## Kill, cut off and damage everything at every moment, then half a
 	CHAOS_REPEATS=10 $(BIN)/python -m pytest tests/chaos/test_partitions.py tests/chaos/test_proxy.py
 	$(BIN)/python -m tests.chaos.soak --minutes 30
 
-check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos, stale generated code and rules, manifests
+check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos, stale generated files, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -68,6 +72,7 @@ check: setup k8s-check  ## Formatter, linter, strict types, import rules, protos
 	cd protos && buf lint
 	$(BIN)/python -m tests.generated_code
 	$(BIN)/python -m tests.monitoring.prometheus_rule
+	$(BIN)/python -m tests.monitoring.dashboards
 	$(BIN)/hadolint Dockerfile
 
 k8s-check: setup  ## Build all overlays; hold them against two versions of Kubernetes, and against each other
@@ -82,6 +87,9 @@ protos: setup  ## Generate feddymem/v1 and feddymem/openinference from protos/
 
 rules: setup  ## Put monitoring/rules.yaml into the object for the Prometheus operator
 	$(BIN)/python -m tests.monitoring.prometheus_rule write
+
+dashboards: setup  ## Write monitoring/dashboards from the panels in tests/monitoring/dashboards
+	$(BIN)/python -m tests.monitoring.dashboards write
 
 breaking: setup  ## Compare the contract with the one of BASE (default: the last commit); fails on a breaking change
 	cd protos && buf breaking --against '../.git#ref=$(or $(BASE),HEAD),subdir=protos'
@@ -121,6 +129,7 @@ bench: setup  ## Measure everything (half an hour on a quiet machine); writes be
 	$(BIN)/python -m benchmarks.edge
 	$(BIN)/python -m benchmarks.edge_memory
 	$(BIN)/python -m benchmarks.release_swaps
+	$(BIN)/python -m benchmarks.scraping
 	$(if $(DATA),$(BIN)/python -m benchmarks.runtimes $(DATA))
 	$(if $(DATA),$(BIN)/python -m benchmarks.poisoning $(DATA))
 	$(if $(DATA),$(BIN)/python -m benchmarks.calibration $(DATA))

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,7 +37,7 @@ from feddymem.scoring import Scorer
 from feddymem.search import NearestItems
 from feddymem.threads import leave_cores, workers
 from feddymem.v1.inspection_pb2 import MAP_FORMAT_PNG, InspectRequest
-from services.demo.processes import Fleet, RunningService
+from services.demo.processes import FEDDYMEM, Fleet, RunningService
 from services.runtime.arrays import bank_to_wire
 from services.runtime.hardware import configure_hardware
 
@@ -59,12 +59,19 @@ def request(jpeg: bytes, **wishes: int) -> bytes:
 
 
 @contextmanager
-def serving(folder: Path, extractor: FeatureExtractor, memory: MemoryBank, *flags: str) -> Iterator[RunningService]:
+def serving(
+    folder: Path,
+    extractor: FeatureExtractor,
+    memory: MemoryBank,
+    *flags: str,
+    program: Sequence[str] = FEDDYMEM,
+) -> Iterator[RunningService]:
     """An inference service that has this memory as its release, and nothing else to do."""
     publishing = Publishing(folder / "published", extractor.feature_space, "bench")
     publishing.publish(1, bank_to_wire(memory, "float16"))
     with Fleet(folder / "services") as fleet:
-        fleet.launch("inference", "inference", "--aggregator", publishing.address, "--retry-seconds", "0.2", *flags)
+        calls = ("--aggregator", publishing.address, "--retry-seconds", "0.2")
+        fleet.launch_with(program, "inference", "inference", *calls, *flags)
         inference = fleet.wait_listening("inference")
         fleet.wait_until(lambda: _answers(inference), 120, "the inference service to score")
         yield inference

@@ -18,6 +18,7 @@ from feddymem.client.renewal import Renewed
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
 from feddymem.client.tls import async_channel_to
+from feddymem.client.tracing import traced_inspection
 from feddymem.in_order import in_order_async
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
 
@@ -64,10 +65,14 @@ class AsyncInspectionClient:
         Raises:
             InspectionError: there is no result; its kind says why.
         """
-        request = await asyncio.to_thread(self._settings.request, image, wishes)
+        request, timeout = (
+            await asyncio.to_thread(self._settings.request, image, wishes),
+            self._settings.timeout(wishes),
+        )
         stub = InspectionServiceStub(self._channels.channel())
         try:
-            return from_response(await stub.Inspect(request, timeout=self._settings.timeout(wishes)))
+            with traced_inspection() as metadata:
+                return from_response(await stub.Inspect(request, timeout=timeout, metadata=metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

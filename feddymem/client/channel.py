@@ -31,6 +31,8 @@ CONNECT_OPTIONS = [
 ]
 """For the end that connects."""
 
+REQUEST_ID = "feddymem-request-id"
+"""Trailing metadata of every RPC: the name under which the log tells of it. Each attempt has one of its own."""
 MAX_ATTEMPTS = 5
 """More is not to be had: gRPC itself stops at 5."""
 _LARGEST_MESSAGE = 256 * 2**20

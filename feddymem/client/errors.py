@@ -11,9 +11,12 @@ InspectionError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, cast
 
 import grpc
+
+from feddymem.client.channel import REQUEST_ID
 
 
 class InspectionError(Exception):
@@ -21,16 +24,18 @@ class InspectionError(Exception):
 
     Attributes:
         status: the gRPC status that says so.
+        request_id: of the last attempt, under which the service's log tells of it; empty where none got there.
     """
 
     advice: ClassVar[str] = ""
 
-    def __init__(self, status: grpc.StatusCode, text: str) -> None:
-        super().__init__(status, text)  # what it is made of, so that it can be sent to another process
-        self.status, self._text = status, text
+    def __init__(self, status: grpc.StatusCode, text: str, request_id: str = "") -> None:
+        super().__init__(status, text, request_id)  # what it is made of, so that it can be sent to another process
+        self.status, self._text, self.request_id = status, text, request_id
 
     def __str__(self) -> str:
-        return f"{self._text}; {self.advice}" if self.advice else self._text
+        text = f"{self._text}; {self.advice}" if self.advice else self._text
+        return text if self.request_id in text else f"{text} (request id {self.request_id})"
 
 
 class InvalidRequestError(InspectionError):
@@ -74,7 +79,13 @@ _KINDS: dict[grpc.StatusCode, type[InspectionError]] = {
 
 def from_rpc_error(error: grpc.RpcError) -> InspectionError:
     """The error that an unsuccessful call becomes."""
-    text = error.details() or error.code().name
+    text, request_id = error.details() or error.code().name, request_id_of(error)
     if "larger than max" in text:  # so gRPC says that a message has more bytes than the other end accepts
-        return InvalidRequestError(error.code(), text)
-    return _KINDS.get(error.code(), ServiceFailedError)(error.code(), text)
+        return InvalidRequestError(error.code(), text, request_id)
+    return _KINDS.get(error.code(), ServiceFailedError)(error.code(), text, request_id)
+
+
+def request_id_of(error: grpc.RpcError) -> str:
+    """The id under which the log of who has answered tells of a call; empty where nobody has."""
+    pairs = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    return next((str(value) for key, value in pairs if key == REQUEST_ID), "")

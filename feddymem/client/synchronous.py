@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Unpack
 
 import grpc
+from opentelemetry.context import Context, get_current
 
 from feddymem.client.channel import MAX_ATTEMPTS, inspection_options
 from feddymem.client.errors import InspectionError, from_rpc_error
@@ -17,6 +18,7 @@ from feddymem.client.renewal import Renewed
 from feddymem.client.requests import ClientSettings, Wishes
 from feddymem.client.results import InspectionResult, from_response
 from feddymem.client.tls import channel_to
+from feddymem.client.tracing import traced_inspection
 from feddymem.in_order import in_order
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
 
@@ -80,12 +82,7 @@ class InspectionClient:
         Raises:
             InspectionError: there is no result; its kind says why.
         """
-        request = self._settings.request(image, wishes)
-        stub = InspectionServiceStub(self._channels.channel())
-        try:
-            return from_response(stub.Inspect(request, timeout=self._settings.timeout(wishes)))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        return self._inspect(image, wishes, get_current())
 
     def report_feedback(self, image: Image, opinion: Opinion, *, note: str = "") -> str:
         """Reports what was wrong with a verdict: a false alarm or a bad part.
@@ -119,11 +116,21 @@ class InspectionClient:
         Each image is a call of its own: it may go to another server than the one before, and is tried again by itself.
         The images are taken on another thread.
         """
+        trace = get_current()  # the threads have their own
 
         def outcome(image: Image) -> InspectionResult | InspectionError:
             try:
-                return self.inspect(image, **wishes)
+                return self._inspect(image, wishes, trace)
             except InspectionError as error:
                 return error
 
         return in_order(outcome, images, self._settings.window)
+
+    def _inspect(self, image: Image, wishes: Wishes, trace: Context) -> InspectionResult:
+        request, timeout = self._settings.request(image, wishes), self._settings.timeout(wishes)
+        stub = InspectionServiceStub(self._channels.channel())
+        try:
+            with traced_inspection(trace) as metadata:
+                return from_response(stub.Inspect(request, timeout=timeout, metadata=metadata))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error

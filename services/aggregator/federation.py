@@ -131,7 +131,7 @@ class Federation:
         metrics.BANKS_ACCEPTED.labels(self.name).inc()
         metrics.BANK_BYTES.labels(self.name).inc(received)
         _log.info("bank_accepted", federation=self.name, site=header.site, round=header.round, items=items)
-        self.rounds.changed()
+        self.rounds.bank_accepted(header.site)
 
     def calibrate(self, said: CalibrateRequest) -> None:
         """A site says how the candidate scores its held-out images; see federation.proto."""

@@ -17,6 +17,7 @@ from services.runtime.logs import configure_logs
 from services.runtime.publisher import Publisher
 from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import load_settings
+from services.runtime.trace_export import exported_traces
 
 
 def main(args: list[str]) -> None:
@@ -24,13 +25,14 @@ def main(args: list[str]) -> None:
 
     Raises:
         InvalidSettingsError: a setting is off.
+        InvalidVariableError: a variable of OpenTelemetry is off.
         OSError: an address cannot be bound, or the state folder cannot be written.
         ValueError: the state folder is in use, or that of another version.
     """
     settings = load_settings(AggregatorSettings, args)
     configure_logs(settings.log_format)
     configure_hardware(settings.threads)
-    with owned(settings.state_dir):
+    with exported_traces("aggregator"), owned(settings.state_dir):
         asyncio.run(_serve(settings))
 
 

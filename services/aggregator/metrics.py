@@ -61,8 +61,11 @@ def show_settings(federation: str, quorum: int, deadline: float) -> None:
     increase."""
     ROUND_QUORUM.labels(federation).set(quorum)
     ROUND_DEADLINE.labels(federation).set(deadline)
-    for counter in (AGGREGATIONS_FAILED, BANKS_ACCEPTED, CALIBRATIONS_ACCEPTED, BANKS_QUARANTINED, BANK_BYTES):
-        counter.labels(federation)
+    for metric in (
+        *(AGGREGATIONS_FAILED, BANKS_ACCEPTED, CALIBRATIONS_ACCEPTED, BANKS_QUARANTINED, BANK_BYTES),
+        *(ROUND_SECONDS, AGGREGATION_SECONDS),
+    ):
+        metric.labels(federation)
     for reason in _REFUSALS:
         BANKS_REFUSED.labels(federation, reason)
     for check in CHECKS:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+from opentelemetry.trace import Link
 
 from feddymem.outliers import Outlier
 from feddymem.v1.federation_pb2 import (
@@ -29,6 +31,7 @@ from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import Candidate, OpenedRound, State
 from services.aggregator.uploads import Uploads
+from services.runtime import tracing
 from services.runtime.array_store import ArrayStore
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal
@@ -72,6 +75,7 @@ class Rounds:
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
         self._aggregating, self._doubted = False, True
         self._candidate: Candidate | None = None
+        self._delivered: dict[str, Link] = {}
         self._judged: Merging | None = None
         self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None
@@ -148,6 +152,13 @@ class Rounds:
         elif self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(WAITS_FOR_SECONDS, self._tell)
 
+    def bank_accepted(self, site: str) -> None:
+        """A site's bank of the open round has been accepted, in the trace that is the current one."""
+        link = tracing.link_to_current()
+        if link is not None:
+            self._delivered[site] = link
+        self.changed()
+
     def release_activated(self) -> None:
         """The operator has activated a release: a round whose base was damaged on the disk starts from that one."""
         opened = self._state.opened_round(self._name, self.number)
@@ -200,7 +211,10 @@ class Rounds:
             return
         while not self._is_outdated() and (seconds := self._seconds_to_calibrate()) > 0:
             await self._changes.wait(seconds)
-        if await self._release():
+        with self._traced("publish"):
+            released = await self._release()
+        if released:
+            self._delivered.clear()
             self.forget_banks()
             metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
             self.changed()
@@ -220,7 +234,7 @@ class Rounds:
         while (seconds := self._seconds_to_wait()) > 0:
             await self._changes.wait(None if seconds == float("inf") else seconds)
         try:
-            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time():
+            with self._merging(), metrics.AGGREGATION_SECONDS.labels(self._name).time(), self._traced("aggregation"):
                 return await self._make_candidate()
         except DamagedBankError as error:
             self._ask_again(error)
@@ -290,7 +304,9 @@ class Rounds:
     async def _make_candidate(self) -> bool:
         """Merges the banks of the round; whether enough of them count."""
         inputs = self._inputs()
-        merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+        with tracing.span("k-means", banks=len(inputs.banks)) as merging:
+            merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+            tracing.note(merging, iterations=merged.iterations, items=len(merged.memory))
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
         self._judged = inputs
@@ -305,7 +321,8 @@ class Rounds:
             feature_space=self._state.feature_space(self._name),
             needs_generator=self._settings.method.generator,
         )
-        release = await make_release(merged, inputs.banks, draft, self._arrays)
+        with tracing.span("candidate"):
+            release = await make_release(merged, inputs.banks, draft, self._arrays)
         if self._inputs() != inputs:
             return False
         candidate = Candidate(release, inputs.digest(self._settings.method), time.time())
@@ -359,6 +376,11 @@ class Rounds:
     def _show_candidate(self, candidate: Candidate | None) -> None:
         self._candidate = candidate
         self._releases.show_candidate(None if candidate is None else candidate.release)
+
+    def _traced(self, what: str) -> AbstractContextManager[object]:
+        """A trace of its own, of what became of the uploads: it is no part of the one that happened to be the last."""
+        links = tuple(self._delivered.values())
+        return tracing.span(what, links, root=True, federation=self._name, round=self.number)
 
     def _inputs(self) -> Merging:
         opened = self._state.opened_round(self._name, self.number)

@@ -9,6 +9,7 @@ from typing import NoReturn
 import grpc
 import typer
 
+from feddymem.client.errors import request_id_of
 from feddymem.client.tls import TlsError
 from services.cli.exit_codes import REFUSED, USAGE
 
@@ -36,4 +37,6 @@ def asking(server: str) -> Iterator[None]:
     except TlsError as error:
         fail(str(error), USAGE)
     except grpc.RpcError as error:
-        fail(f"{server}: {error.code().name}: {error.details()}", REFUSED)
+        request_id = request_id_of(error)
+        named = f" (request id {request_id})" if request_id else ""
+        fail(f"{server}: {error.code().name}: {error.details()}{named}", REFUSED)

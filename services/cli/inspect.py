@@ -31,6 +31,8 @@ from feddymem.client import (
 from feddymem.client.tls import TlsError
 from feddymem.datasets import SUFFIXES, DatasetError, list_images
 from services.cli.exit_codes import FAILED, OK, REFUSED, SOME_IMAGES_FAILED, USAGE
+from services.runtime import trace_export
+from services.runtime.logs import configure_logs
 
 STANDARD_OUTPUT = "-"
 _CSV_COLUMNS = (
@@ -88,11 +90,13 @@ def inspect(asked: Inspection) -> int:
         return _fail("--json and --csv - both go to standard output; give --csv a file", USAGE)
     try:
         paths = find_images(asked.images)
-        with ExitStack() as outputs:
+        if trace_export.wanted():
+            configure_logs("auto")  # of its trouble; standard output is for results
+        with trace_export.exported_traces("inspect"), ExitStack() as outputs:
             table = _Table() if not asked.as_json and asked.csv is None else None
             sinks = [table.add] if table else list(_line_sinks(asked, outputs))
             code = _inspect(asked, paths, sinks)
-    except (DatasetError, TlsError) as error:
+    except (DatasetError, TlsError, trace_export.InvalidVariableError) as error:
         return _fail(str(error), USAGE)
     except BrokenPipeError:  # whoever reads the lines has had enough: typer ends quietly
         raise

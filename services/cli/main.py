@@ -169,12 +169,19 @@ def demo(
         typer.Option(help="Site folders in the MVTec AD layout, a CSV or a mixture in YAML; without it, synthetic."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("out"),
+    with_prometheus: Annotated[
+        bool,
+        typer.Option(
+            "--with-prometheus",
+            help="Have a Prometheus watch it by the rules of monitoring/, and leave all of it running until Ctrl-C.",
+        ),
+    ] = False,
 ) -> None:
     """Run a whole federation on this machine, inspect all test images, and write a report."""
     with _evaluation_packages():
         from services.demo.main import demo as run
 
-    raise typer.Exit(run(data, out))
+    raise typer.Exit(run(data, out, with_prometheus))
 
 
 @app.command()
@@ -231,10 +238,11 @@ def _run_service(run: Callable[[list[str]], None], args: list[str]) -> None:
     from feddymem.datasets import DatasetError
     from services.edge_client.participant import ParticipationError
     from services.runtime.settings import InvalidSettingsError
+    from services.runtime.trace_export import InvalidVariableError
 
     try:
         run(args)
-    except (InvalidSettingsError, DatasetError, TlsError) as error:
+    except (InvalidSettingsError, InvalidVariableError, DatasetError, TlsError) as error:
         fail(str(error), USAGE)
     except ParticipationError as error:
         fail(str(error), REFUSED)

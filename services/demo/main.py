@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -26,53 +28,84 @@ from services.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE
 from services.cli.status import get_status, phase_name
 from services.demo.local import local_image_auroc
 from services.demo.processes import Fleet, RunningService, ServiceFailedError
+from services.demo.prometheus import (
+    MONITORING,
+    NoPrometheusError,
+    Target,
+    find_prometheus,
+    start_prometheus,
+    write_targets,
+)
 from services.demo.report import Report, ScoredImage, SiteReport, write_report
 
 _FEDERATION = "demo"
 _SHOWN = ("image_auroc", "local_image_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate", "guaranteed_rate")
 _ROUNDS_SECONDS = 3600
 _READY_SECONDS = 120
+_LOOK_SECONDS = 0.5
 
 
-def demo(data: Path | None, out: Path) -> int:
-    """Runs the demo; the exit code."""
+def demo(data: Path | None, out: Path, with_prometheus: bool = False) -> int:
+    """Runs the demo; the exit code.
+
+    Args:
+        data: site folders; None for synthetic ones.
+        out: folder for the report.
+        with_prometheus: has a Prometheus watch it, and leaves all of it running until it is interrupted.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=True, soft_wrap=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="feddymem-demo-") as folder:
+        prometheus = find_prometheus() if with_prometheus else None
+        with tempfile.TemporaryDirectory(prefix="feddymem-demo-") as name, Fleet(Path(name) / "services") as fleet:
+            folder = Path(name)
             if data is None:
-                data = Path(folder) / "synthetic"
+                data = folder / "synthetic"
                 write_products(data)
-            report = _run(load_sites(data), Path(folder), console)
+            report = _run(fleet, load_sites(data), folder, prometheus, console)
             write_report(report, out)
+            Console().print(_table(report))
+            console.print(f"report: {out / 'report.html'} and {out / 'report.json'}", markup=False)
+            if prometheus is not None:
+                _stay(fleet, console)
     except KeyboardInterrupt:
         console.print("feddymem demo: interrupted; all services are stopped")
         return INTERRUPTED
     except DatasetError as error:
         console.print(f"feddymem demo: {error}", markup=False)
         return USAGE
-    except ServiceFailedError as error:
+    except (NoPrometheusError, ServiceFailedError) as error:
         console.print(f"feddymem demo: {error}", markup=False)
         return FAILED
-    Console().print(_table(report))
-    console.print(f"report: {out / 'report.html'} and {out / 'report.json'}", markup=False)
     return OK
 
 
-def _run(sites: tuple[SiteData, ...], folder: Path, console: Console) -> Report:
+@dataclass(frozen=True)
+class _Services:
+    """A federation's processes; edge clients by site."""
+
+    aggregator: RunningService
+    edges: dict[str, RunningService]
+    inference: RunningService
+
+
+def _run(fleet: Fleet, sites: tuple[SiteData, ...], folder: Path, prometheus: str | None, console: Console) -> Report:
     started = time.perf_counter()
     method = Method()
-    with Fleet(folder / "services") as fleet:
-        with console.status("starting services") as shown:
-            aggregator, inference = _start(fleet, sites, method, folder)
-            status = _follow_rounds(fleet, aggregator, shown.update)
-            shown.update("waiting for the inference service")
-            _wait_served(fleet, inference, sites, status.release)
-            scored = {}
-            for site in sites:
-                shown.update(f"inspecting {len(site.test)} images of {site.name}")
-                scored[site.name] = _inspect(inference, site)
-        federated_seconds = time.perf_counter() - started
+    with console.status("starting services") as shown:
+        services = _start(fleet, sites, method, folder)
+        if prometheus is not None:
+            _watch(fleet, services, prometheus, folder / "prometheus", console)
+        status = _follow_rounds(fleet, services.aggregator, shown.update)
+        shown.update("waiting for the inference service")
+        _wait_served(fleet, services.inference, sites, status.release)
+        scored = {}
+        for site in sites:
+            shown.update(f"inspecting {len(site.test)} images of {site.name}")
+            scored[site.name] = _inspect(services.inference, site)
+    federated_seconds = time.perf_counter() - started
+    if prometheus is None:
+        fleet.stop()  # what follows needs the cores
     sent = {site.site: tuple(site.bytes_per_round) for site in status.sites}
     reports = {}
     extractor = load_extractor()
@@ -90,9 +123,7 @@ def _run(sites: tuple[SiteData, ...], folder: Path, console: Console) -> Report:
     )
 
 
-def _start(
-    fleet: Fleet, sites: tuple[SiteData, ...], method: Method, folder: Path
-) -> tuple[RunningService, RunningService]:
+def _start(fleet: Fleet, sites: tuple[SiteData, ...], method: Method, folder: Path) -> _Services:
     names = [site.name for site in sites]
     settings = {
         "quorum": len(names),
@@ -108,9 +139,37 @@ def _start(
         flags = ["--federation", _FEDERATION, "--site", site.name, "--aggregator", aggregator.grpc, "--threads", "1"]
         images = _linked(site.train, folder / "images" / site.name)
         fleet.launch(f"edge-{site.name}", "edge", *flags, "--data", str(images))
-    edges = [fleet.wait_listening(f"edge-{name}").grpc for name in names]
-    flags = ["--aggregator", aggregator.grpc, *(flag for address in edges for flag in ("--edge-clients", address))]
-    return aggregator, fleet.start("inference", "inference", *flags)
+    edges = {name: fleet.wait_listening(f"edge-{name}") for name in names}
+    addresses = [flag for edge in edges.values() for flag in ("--edge-clients", edge.grpc)]
+    inference = fleet.start("inference", "inference", "--aggregator", aggregator.grpc, *addresses)
+    return _Services(aggregator, edges, inference)
+
+
+def _watch(fleet: Fleet, services: _Services, program: str, folder: Path, console: Console) -> None:
+    """Has Prometheus scrape all services, and judge them by the rules; nobody is told of its alerts."""
+    folder.mkdir()
+    for name in ("prometheus.yaml", "rules.yaml"):
+        shutil.copyfile(MONITORING / name, folder / name)
+    edges = [Target(edge.metrics, "edge-client", site) for site, edge in services.edges.items()]
+    others = [Target(services.aggregator.metrics, "aggregator"), Target(services.inference.metrics, "inference", "all")]
+    write_targets(folder, [*edges, *others])
+    address = start_prometheus(fleet, program, folder)
+    console.print(f"prometheus: http://{address} (its alerts: http://{address}/alerts)", markup=False)
+    for service in (services.aggregator, *services.edges.values(), services.inference):
+        console.print(f"{service.name}: gRPC at {service.grpc}, http://{service.metrics}/metrics", markup=False)
+
+
+def _stay(fleet: Fleet, console: Console) -> None:
+    """Waits for Ctrl-C or SIGTERM, which are how this is meant to end.
+
+    Raises:
+        ServiceFailedError: a process has ended before.
+    """
+    console.print("feddymem demo: all of it runs until Ctrl-C")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            fleet.check_alive()
+            time.sleep(_LOOK_SECONDS)
 
 
 def _linked(images: tuple[Path, ...], folder: Path) -> Path:

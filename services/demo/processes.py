@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+FEDDYMEM = (sys.executable, "-m", "services.cli")
 _STOP_SECONDS = 30
 """Time for a service to drain after SIGTERM before it is killed."""
 _POLL_SECONDS = 0.1
@@ -61,20 +62,32 @@ class Fleet:
 
     def launch(self, name: str, command: str, *flags: str) -> None:
         """Starts `feddymem COMMAND FLAGS`; `wait_listening` waits until it listens."""
+        self.launch_with(FEDDYMEM, name, command, *flags)
+
+    def launch_with(self, program: Sequence[str], name: str, command: str, *flags: str) -> None:
+        """As `launch`, with a program that takes `feddymem`'s place."""
         folder = self._folder / name
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "address.json").unlink(missing_ok=True)
-        self._logs[name] = folder / "log.jsonl"
-        arguments = [
-            *_ended_with_this_process(),
-            *(sys.executable, "-m", "services.cli", command, *flags),
+        self.launch_program(
+            name,
+            *(*program, command, *flags),
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--log-format", "json"),
             *("--state-dir", str(folder / "state"), "--address-file", str(folder / "address.json")),
-        ]
+        )
+
+    def launch_program(self, name: str, *command: str) -> None:
+        """Starts any program as one of the fleet."""
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._logs[name] = folder / "log.jsonl"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDDYMEM_")}
         with self._logs[name].open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+                [*_ended_with_this_process(), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
             )
 
     def wait_listening(self, name: str, seconds: float = 120) -> RunningService:

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from feddymem.memory_reduce import Progress
 from services.edge_client import metrics
+from services.runtime import tracing
 from services.runtime.backoff import Backoff
 from services.runtime.errors import is_disk_full
 from services.runtime.logs import get_logger
@@ -30,12 +31,16 @@ class Computing:
     def __init__(self, settings: ClientSettings, show: Progress) -> None:
         self._settings, self._show = settings, show
         self._stopped = threading.Event()
+        self._step = ""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Shows how far work is, which ends here if the service stops: it need not be waited for, and is done again
         from where it was kept last."""
         if self._stopped.is_set():
             raise _StoppedError
+        if what != self._step:
+            self._step = what
+            tracing.add_event(what)
         self._show(what, done, total)
 
     async def run(

@@ -23,6 +23,7 @@ from services.runtime.progress import shown_progress
 from services.runtime.publisher import Publisher
 from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import InvalidSettingsError, load_settings
+from services.runtime.trace_export import exported_traces
 
 
 def main(args: list[str]) -> None:
@@ -30,6 +31,7 @@ def main(args: list[str]) -> None:
 
     Raises:
         InvalidSettingsError: a setting is off.
+        InvalidVariableError: a variable of OpenTelemetry is off.
         DatasetError: no folder, no image in it, or none that can be read.
         ParticipationError: the aggregator refuses this site.
         OSError: an address cannot be bound, or the state folder cannot be written.
@@ -41,7 +43,7 @@ def main(args: list[str]) -> None:
     list_images(settings.data)  # fail before anything listens
     device = resolve_device(settings.device)
     show_device(device)
-    with owned(settings.state_dir):
+    with exported_traces("edge-client"), owned(settings.state_dir):
         asyncio.run(_serve(settings, device))
 
 

@@ -4,7 +4,7 @@ publish the memory generator."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 import grpc
@@ -38,6 +38,7 @@ from services.edge_client.images import SiteImages
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState, Outcome
 from services.edge_client.upload import upload_bank
+from services.runtime import tracing
 from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire
 from services.runtime.backoff import Backoff
 from services.runtime.channels import connected
@@ -222,13 +223,11 @@ class Participant:
     async def _react(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> bool:
         """Does what the state of the rounds asks of this site; whether the federation is done."""
         if event.phase == PHASE_OPEN and event.round != self._uploaded:
-            bank = self._state.last().bank
-            # Made once: whatever has become of it and of the folder since, no other one is ever sent for its round.
-            if bank is None or bank.round != event.round:
-                bank = await self._make_bank(event, method, aggregator)
-            await self._upload(bank, aggregator)
+            with self._traced("round", event):
+                await self._deliver(event, method, aggregator)
         if event.phase == PHASE_CALIBRATING:
-            await self._calibrate(event, method, aggregator)
+            with self._traced("calibration", event):
+                await self._calibrate(event, method, aggregator)
         if event.phase == PHASE_DONE:
             if method.generator and self._state.last().generator is None:
                 await self._publish_untrained(method)
@@ -236,13 +235,28 @@ class Participant:
             return True
         return False
 
+    def _traced(self, what: str, event: WatchRoundsResponse) -> AbstractContextManager[object]:
+        """A trace of this site's part in a round."""
+        settings = self._settings
+        return tracing.span(what, root=True, federation=settings.federation, site=settings.site, round=event.round)
+
+    async def _deliver(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> None:
+        """Uploads the bank of a round."""
+        bank = self._state.last().bank
+        # Made once: whatever has become of it and of the folder since, no other one is ever sent for its round.
+        if bank is None or bank.round != event.round:
+            bank = await self._make_bank(event, method, aggregator)
+        await self._upload(bank, aggregator)
+
     async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
-        patches, held_out = await self._split(method, aggregator)
+        with tracing.span("extraction") as extraction:
+            patches, held_out = await self._split(method, aggregator)
+            tracing.note(extraction, images=patches.images)
         metrics.HELD_OUT.set(0 if held_out is None else held_out.images)
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
         # Without a memory the federation begins, or begins anew with an aggregator that has lost its disk.
         generator = self._load_generator() if method.generator and memory is not None else None
-        with metrics.UPDATE_SECONDS.time():
+        with tracing.span("local update") as local, metrics.UPDATE_SECONDS.time():
             update = await self._computing.run(
                 local_update,
                 patches,
@@ -253,6 +267,7 @@ class Participant:
                 self._computing.progress,
                 self._device,
             )
+            tracing.note(local, items=len(update.bank))
         _log.info("bank_made", round=event.round, images=patches.images, items=len(update.bank), loss=update.loss)
         metrics.BANK_ITEMS.set(len(update.bank))
         metrics.REDUCE_RATIO.set(len(update.bank) / (patches.images * self._images.feature_space.patches))

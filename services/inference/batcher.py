@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 import torch
+from opentelemetry.trace import Span, get_current_span
 from torch import Tensor
 
 from feddymem.backbone import PreparedImage
@@ -24,6 +25,7 @@ from feddymem.threads import leave_cores, workers
 from services.inference import metrics
 from services.inference.fair_queue import FairQueue
 from services.inference.registry import Active
+from services.runtime import tracing
 from services.runtime.errors import Refusal
 
 _FOR_ROOM = 256
@@ -66,6 +68,7 @@ class _Job(Generic[Result]):
     expires: float | None
     result: Future[Result]
     afterwards: Afterwards | None
+    span: Span
 
     @property
     def wanted(self) -> bool:
@@ -170,7 +173,7 @@ class Batcher:
             raise
         now = time.monotonic()
         expires = None if seconds_left is None else now + seconds_left
-        job = _Job[Result](active, image, finish, now, expires, Future(), afterwards)
+        job = _Job[Result](active, image, finish, now, expires, Future(), afterwards, get_current_span())
         self._accept(job.result)
         refused = self._waiting.put(job, caller)
         if refused is not None:
@@ -263,8 +266,11 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
             _fail(job.result, error)
         else:
-            seconds = time.monotonic() - started
+            ended = time.monotonic()
+            seconds = ended - started
             metrics.DECODE_SECONDS.observe(seconds)
+            tracing.add_part(job.span, "queue", job.accepted, started)
+            tracing.add_part(job.span, "decode", started, ended)
             self._ready.put(_Ready(job, prepared, seconds))
 
     def _score_ready(self) -> None:
@@ -305,6 +311,7 @@ class Batcher:
             if isinstance(inspection, Exception):
                 ready.job.result.set_exception(inspection)
                 continue
+            tracing.add_part(ready.job.span, "compute", started, started + seconds, batch_images=len(batch))
             image, waited = ready.prepared, started - ready.job.accepted
             metrics.QUEUE_SECONDS.observe(waited - ready.decode_seconds)
             kept = features.get(number)
@@ -342,12 +349,14 @@ def _late() -> Refusal:
 
 
 def _finish(job: _Job[Any], scored: Scored) -> None:
+    started = time.monotonic()
     try:
         with metrics.ENCODE_SECONDS.time():
             result = job.finish(scored)
     except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
         job.result.set_exception(error)
     else:
+        tracing.add_part(job.span, "encode", started, time.monotonic())
         job.result.set_result(result)
 
 

@@ -19,6 +19,7 @@ from services.inference.batcher import Batcher, Scored
 from services.inference.lines import Shadow
 from services.inference.outcomes import counted_if_raised
 from services.inference.registry import Active, Registry
+from services.runtime import tracing
 from services.runtime.errors import Refusal, invalid
 
 
@@ -120,6 +121,11 @@ class Inspector:
         """
         _require_sense(inspection)
         active = self._registry.find(inspection.federation, inspection.site)
+        site = inspection.site or active.site
+        with tracing.span("inspection", federation=active.federation, site=site, release=active.release):
+            return await self._score(inspection, active)
+
+    async def _score(self, inspection: Inspection, active: Active) -> Result:
         shadow = active.lines.shadow
         started = time.monotonic()
         while True:

@@ -23,6 +23,7 @@ from services.runtime.logs import configure_logs
 from services.runtime.metrics import show_device
 from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import load_settings
+from services.runtime.trace_export import exported_traces
 
 _SWITCH_SECONDS = 0.0002
 """How long a Python thread may keep the others waiting. The computing thread takes part in many short operations: with
@@ -34,6 +35,7 @@ def main(args: list[str]) -> None:
 
     Raises:
         InvalidSettingsError: a setting is off.
+        InvalidVariableError: a variable of OpenTelemetry is off.
         OSError: an address cannot be bound, or the state folder cannot be written.
         ValueError: the state folder is in use.
     """
@@ -41,7 +43,7 @@ def main(args: list[str]) -> None:
     configure_logs(settings.log_format)
     configure_hardware(settings.threads)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    with owned(settings.state_dir):
+    with exported_traces("inference"), owned(settings.state_dir):
         asyncio.run(_serve(settings))
 
 

@@ -13,6 +13,7 @@ from services.runtime.checksums import checked_channel
 from services.runtime.identity import Role
 from services.runtime.server_identity import UnreachableError, credentials_for
 from services.runtime.settings import ClientSettings
+from services.runtime.tracing import traced_channel
 
 FAREWELL_SECONDS = 0.5
 """Time that a stopping server gives its watchers to hear that it is not serving any more."""
@@ -65,7 +66,7 @@ def bind(setting: str, address: str, add: Callable[[str], int]) -> str:
 
 @asynccontextmanager
 async def connected(address: str, settings: ClientSettings, role: Role) -> AsyncIterator[aio.Channel]:
-    """A channel to another service, once it is connected; its messages have checksums.
+    """A channel to another service, once it is connected; its messages have checksums, its calls are parts of traces.
 
     For as long as the block goes on, it reconnects by itself, with the certificates of its start: whoever tries again
     after an error opens another one, so that a renewed certificate counts, be it the own one or the other's.
@@ -92,4 +93,4 @@ async def connected(address: str, settings: ClientSettings, role: Role) -> Async
             raise UnreachableError(
                 f"{address} cannot be reached within {settings.rpc_timeout_seconds:g} seconds: {why}"
             ) from None
-        yield checked_channel(channel)
+        yield checked_channel(traced_channel(channel))

@@ -11,7 +11,7 @@ from grpc import aio
 from feddymem.client.tls import TlsError
 from feddymem.v1 import release_pb2_grpc
 from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
-from services.runtime import metrics
+from services.runtime import metrics, tracing
 from services.runtime.array_store import ArrayStore
 from services.runtime.backoff import Backoff
 from services.runtime.changes import Changes
@@ -139,9 +139,10 @@ class _Follower:
         while True:
             release = await place.next()
             try:
-                await download(self._stub, release.arrays, self._arrays, self._settings)
-                async with self._receiving:
-                    await self._receive(release)
+                with tracing.span("release", root=True, federation=release.federation, release=release.version):
+                    await download(self._stub, release.arrays, self._arrays, self._settings)
+                    async with self._receiving:
+                        await self._receive(release)
             except Exception as error:  # noqa: BLE001 - as above
                 self._tell(error, release)
                 await backoff.pause()

@@ -19,12 +19,15 @@ from grpc import aio
 from prometheus_client import Counter, Histogram
 from structlog.contextvars import bound_contextvars
 
+from feddymem.client.channel import REQUEST_ID
+from services.runtime import tracing
 from services.runtime.audit import audited
 from services.runtime.changes import Changes
 from services.runtime.checksums import with_checksum
 from services.runtime.errors import Refusal, as_refusal, is_disk_full
 from services.runtime.identity import Identity, Role, caller, denied, expired, seconds_until_expiry
 from services.runtime.logs import get_logger
+from services.runtime.methods import is_ours, is_work
 from services.runtime.rate import Rate
 from services.runtime.receiving import SingleRequests, requests_of
 
@@ -48,8 +51,6 @@ Admission = Callable[[aio.ServicerContext[Any, Any]], None]
 Access = frozenset[Role]
 """Roles that may call a method, where there is TLS."""
 
-REQUEST_ID = "feddymem-request-id"
-"""Trailing metadata of every RPC: the name under which the log tells of it."""
 MAX_TEXT_BYTES = 1000
 """Public texts are cut there: they repeat what callers send, and gRPC drops a status that is larger than its headers
 may be, 8 KiB with each byte written as up to three."""
@@ -58,7 +59,6 @@ _LOGGED_PER_SECOND = 10
 """Refusals of a method that are logged, on average: an overloaded service must not be busy with its log."""
 _started = functools.cache(RPCS_STARTED.labels)
 _handled, _seconds = functools.cache(RPCS.labels), functools.cache(RPC_SECONDS.labels)
-_OURS = ("/feddymem.", "/inference.")
 _BETWEEN_SERVICES = (
     "/feddymem.v1.FederationService/",
     "/feddymem.v1.ReleaseService/",
@@ -163,8 +163,9 @@ class RpcBoundary(aio.ServerInterceptor):
         _started(method).inc()
         request_id = uuid.uuid4().hex
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
+        span = tracing.begin_rpc(method, context, request_id)
         try:
-            with bound_contextvars(request_id=request_id, method=method):
+            with tracing.current(span), bound_contextvars(request_id=request_id, method=method):
                 try:
                     with self._admitted(method, context) as name:
                         async with _while_valid(context):
@@ -180,8 +181,9 @@ class RpcBoundary(aio.ServerInterceptor):
                     code = refusal.status
                     await context.abort(refusal.status, refusal.text)
         finally:
+            tracing.end_rpc(span, code)
             _handled(method, code.name).inc()
-            if method.startswith(_OURS):  # health and reflection are watched for as long as somebody likes
+            if is_ours(method):  # health and reflection are watched for as long as somebody likes
                 _seconds(method).observe(time.perf_counter() - started)
 
     @contextmanager
@@ -214,7 +216,7 @@ class RpcBoundary(aio.ServerInterceptor):
     async def _requests(self, method: str, name: str, context: _Context, handler: Any) -> AsyncIterator[Any]:
         """What a handler takes: its one request, or an iterator over them."""
         if not handler.request_streaming:
-            places = self._requests_of_ours if method.startswith(_OURS) else self._other_requests
+            places = self._requests_of_ours if is_ours(method) else self._other_requests
             yield await places.read(name, context, handler.request_deserializer)
             return
         with self._open_streams.one_more(name, method):
@@ -242,7 +244,7 @@ class RpcBoundary(aio.ServerInterceptor):
     @contextmanager
     def _in_work(self, method: str) -> Iterator[None]:
         call = object()
-        if method.startswith(_OURS) and not method.rpartition("/")[2].startswith("Watch"):
+        if is_work(method):
             self._busy.add(call)
         try:
             yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import psutil
 import pytest
 
 from feddymem.datasets import SiteData
+from tests.monitoring.servers import asked
 
 DEMO = [sys.executable, "-m", "services.cli", "demo"]
 TIMEOUT_SECONDS = 240
@@ -81,6 +84,41 @@ def test_interrupted_or_killed_it_leaves_no_process(data: Path, tmp_path: Path, 
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     gone, alive = psutil.wait_procs(children, timeout=60)
     assert (len(gone) >= 3, alive) == (True, [])
+
+
+def test_with_prometheus_all_of_it_runs_until_it_is_interrupted(data: Path, tmp_path: Path) -> None:
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is missing: tests/monitoring/install has it, of Debian's package")
+    command = [*DEMO, "--with-prometheus", "--data", str(data), "--out", str(tmp_path / "out")]
+    output = tmp_path / "output"
+    with output.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=written)
+    wait_for(process, lambda: "runs until Ctrl-C" in output.read_text())
+    text = output.read_text()
+    [address] = re.findall(r"^prometheus: http://(\S+)", text, re.MULTILINE)
+    shown = set(re.findall(r"http://(\S+)/metrics$", text, re.MULTILINE))
+    assert (tmp_path / "out" / "report.html").exists()
+
+    def all_up() -> bool:
+        targets = asked(address, "v1/targets")["data"]["activeTargets"]
+        return {target["labels"]["instance"] for target in targets if target["health"] == "up"} == shown
+
+    wait_for(process, all_up)
+    assert len(shown) == 4
+    assert len(asked(address, "v1/rules")["data"]["groups"]) == 2
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    assert (len(gone), alive) == (5, [])
+
+
+def test_without_the_program_prometheus_it_says_what_to_install(tmp_path: Path) -> None:
+    command = [*DEMO, "--with-prometheus", "--out", str(tmp_path)]
+    environment = os.environ | {"PATH": str(tmp_path)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (run.returncode, "apt-get install prometheus" in run.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_sites_is_a_usage_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 
 from tests.k8s.certificates import certificate_problems
 from tests.k8s.configuration import load_all, misfits
+from tests.k8s.dashboards import dashboard_problems
 from tests.k8s.manifests import K8S, OVERLAYS, BuildError, Object, build
 from tests.k8s.network import network_problems
 from tests.k8s.pods import pod_problems
@@ -38,6 +39,7 @@ _CHECKS = (
     budget_problems,
     autoscaler_problems,
     monitor_problems,
+    dashboard_problems,
 )
 
 

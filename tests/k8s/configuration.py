@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
 
 from services.aggregator.settings import AggregatorSettings
 from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
 from services.runtime.channels import FAREWELL_SECONDS
 from services.runtime.settings import ClientSettings, InvalidSettingsError, ServiceSettings, load_settings
+from services.runtime.trace_export import FLUSH_SECONDS
 from tests.k8s.manifests import (
     GPU,
     Object,
@@ -31,6 +33,8 @@ from tests.k8s.manifests import (
 
 Loaded = dict[str, ServiceSettings]
 """Settings, by the title of the workload."""
+
+COLLECTOR = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "aggregator": AggregatorSettings,
@@ -88,6 +92,12 @@ def offered(objects: list[Object]) -> dict[str, Object]:
     }
 
 
+def collector_port(workload: Object) -> int | None:
+    """The port of the collector that a workload sends traces to; None for none, 0 for an address that has no port."""
+    endpoint = environment(workload).get(COLLECTOR)
+    return None if endpoint is None else urlsplit(endpoint).port or 0
+
+
 def misfits(objects: list[Object], loaded: Loaded, trusted_network: bool) -> Iterator[str]:
     """What is wrong with settings beside the rest of the manifests.
 
@@ -101,6 +111,8 @@ def misfits(objects: list[Object], loaded: Loaded, trusted_network: bool) -> Ite
         if settings is None:
             continue
         found = [*_addresses(objects, workload, settings), *_time(workload, settings), *_folders(workload, settings)]
+        if collector_port(workload) == 0:
+            found.append(f"{COLLECTOR} is {environment(workload)[COLLECTOR]}, and not http(s)://HOST:PORT")
         gpus = any(GPU in box.get("resources", {}).get("limits", {}) for box in containers(workload))
         if isinstance(settings, ClientSettings) and settings.device == "cuda" and not gpus:
             found.append(f"computes on a GPU, and has no limit of {GPU}")
@@ -125,7 +137,8 @@ def _time(workload: Object, settings: ServiceSettings) -> Iterator[str]:
     pause = hooks.get("preStop", {}).get("sleep", {}).get("seconds", 0)
     if not pause:
         yield "stops before others have heard that it is going"
-    if pod(workload).get("terminationGracePeriodSeconds", 30) <= pause + settings.drain_seconds + FAREWELL_SECONDS:
+    most = pause + settings.drain_seconds + FAREWELL_SECONDS + FLUSH_SECONDS
+    if pod(workload).get("terminationGracePeriodSeconds", 30) <= most:
         yield f"is killed before the {pause} s of preStop and {settings.drain_seconds} s for draining are over"
 
 

@@ -16,7 +16,8 @@ import yaml
 
 Object = dict[str, Any]
 
-K8S = Path(__file__).parents[2] / "k8s"
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
 COMPONENTS = sorted(
     str(path.parent.relative_to(K8S / "components")) for path in K8S.glob("components/**/kustomization.yaml")
@@ -41,6 +42,13 @@ def build(folder: Path) -> list[Object]:
         BuildError: there are none, or kustomize warns.
     """
     return copy.deepcopy(_kustomize(folder))
+
+
+def copied(folder: Path) -> Path:
+    """A copy of `k8s/` that can be changed, with what it takes from beside it; FOLDER/k8s."""
+    for each in (K8S, ROOT / "monitoring" / "dashboards"):
+        shutil.copytree(each, folder / each.relative_to(ROOT))
+    return folder / "k8s"
 
 
 @functools.cache

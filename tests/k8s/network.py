@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from tests.k8s.configuration import Loaded, called, is_remote
+from tests.k8s.configuration import Loaded, called, collector_port, is_remote
 from tests.k8s.manifests import COMPONENT, Object, matches, of_kind, pod_labels, ports, served, title, workloads
 
 PICTURE = {
@@ -22,6 +22,7 @@ ANYWHERE = "addresses"
 DNS = "namespaces with kubernetes.io/metadata.name=kube-system"
 LINES = "namespaces with feddymem.io/lines=true"
 MONITORING = "namespaces with feddymem.io/monitoring=true"
+TRACING = "namespaces with feddymem.io/tracing=true"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ def _outside(objects: list[Object], loaded: Loaded) -> Iterator[_Opening]:
         for address in called(loaded[each.title]) if each.title in loaded else []:
             if is_remote(address):
                 yield _Opening(each.title, "out to", ANYWHERE, f"TCP {address.rpartition(':')[2]}")
+    for workload in workloads(objects):
+        port = collector_port(workload)
+        if port is not None:
+            yield _Opening(title(workload), "out to", TRACING, f"TCP {port}")
     for service in of_kind(objects, "Service"):
         if service["spec"].get("type", "ClusterIP") != "ClusterIP":
             for workload in served(objects, service):

@@ -23,6 +23,7 @@ RULE = "PrometheusRule/feddymem"
 POLICY = "NetworkPolicy/"
 SERVICE = "Service/inference-site-a"
 CONFIG = "ConfigMap/inference-settings-site-a"
+DASHBOARD = "ConfigMap/feddymem-dashboard-site"
 TEXT = "aggregator: nowhere:7070\ndanger_listen_without_tls: true"
 
 
@@ -240,6 +241,13 @@ BROKEN = [
     ),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "http", "has no port http"),
     (f"{POLICY}metrics", "spec ingress 0 ports 0 port", "grpc", "lets it in from namespaces with feddymem.io/monitor"),
+    # Dashboards
+    (DASHBOARD, "data site.json", "{", "site.json is no dashboard"),
+    (DASHBOARD, "data site.json", '{"uid": "site"}', "site.json is no dashboard"),
+    (DASHBOARD, "data site", "{}", "site is no dashboard"),
+    (DASHBOARD, "data again.json", '{"uid": "feddymem-site", "panels": [1]}', "dashboard feddymem-site: is there 2"),
+    (DASHBOARD, "data site.json", " " * 250_000, "is too large for kubectl apply"),
+    (DASHBOARD, "metadata labels", {}, "nobody mounts it"),
     (MONITOR, "kind", "Monitor", "feddymem.io/monitoring=true at TCP 9072, for nothing"),
 ]
 
@@ -296,6 +304,24 @@ def test_broken_connection_between_clusters_is_found(
     objects = build(K8S / "overlays" / overlay)
     change(find(objects, name), path, value)
     assert [line for line in problems(objects) if problem in line]
+
+
+ENDPOINT = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector.tracing.svc:4317"}
+
+
+def test_a_collector_that_pods_cannot_reach_is_found() -> None:
+    objects = build(K8S / "overlays" / "prod")
+    change(find(objects, INFERENCE), f"{BOX} env", [*find_env(objects, INFERENCE), ENDPOINT])
+    wanted = "namespaces with feddymem.io/tracing=true at TCP 4317"
+    assert problems(objects) == [f"{INFERENCE}: no NetworkPolicy lets it out to {wanted}"]
+    endpoint = {**ENDPOINT, "value": "http://collector.tracing.svc"}
+    change(find(objects, INFERENCE), f"{BOX} env", [*find_env(objects, INFERENCE)[:-1], endpoint])
+    assert any("http://collector.tracing.svc, and not http(s)://HOST:PORT" in line for line in problems(objects))
+
+
+def find_env(objects: list[Object], name: str) -> list[Object]:
+    env: list[Object] = find(objects, name)["spec"]["template"]["spec"]["containers"][0]["env"]
+    return env
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
 from tests.k8s import check
 from tests.k8s.check import TRUSTED_NETWORK, problems
-from tests.k8s.configuration import load_all
+from tests.k8s.configuration import collector_port, load_all
 from tests.k8s.manifests import (
     COMPONENTS,
     GPU,
@@ -26,6 +26,7 @@ from tests.k8s.manifests import (
     Object,
     build,
     containers,
+    copied,
     named,
     of_kind,
     title,
@@ -36,8 +37,8 @@ from tests.k8s.schemas import VERSIONS
 BASE = ["namespace", "network/aggregator", "network/site"]
 SERVICES = ["aggregator", "edge_client", "inference"]
 TLS = ("authority", "tls/aggregator", "tls/site")
-OPTIONS = ("autoscaling", "gpu", "monitoring", "tls")
-COMBINATIONS = [chosen for count in range(5) for chosen in itertools.combinations(OPTIONS, count)]
+OPTIONS = ("autoscaling", "gpu", "monitoring", "tls", "tracing")
+COMBINATIONS = [chosen for count in range(6) for chosen in itertools.combinations(OPTIONS, count)]
 
 
 def overlay(name: str) -> list[Object]:
@@ -50,7 +51,7 @@ def images(objects: list[Object]) -> set[tuple[str, bool]]:
     return {(box["image"], GPU in box["resources"]["limits"]) for box in boxes}
 
 
-def extend(file: Path, key: str, entries: list[Object]) -> None:
+def extend(file: Path, key: str, entries: Sequence[object]) -> None:
     """Adds to a list of a kustomization."""
     content = yaml.safe_load(file.read_text())
     content[key] = [*content.get(key, []), *entries]
@@ -59,10 +60,10 @@ def extend(file: Path, key: str, entries: list[Object]) -> None:
 
 def combined(folder: Path, options: Iterable[str]) -> list[Object]:
     """Base with some components, in a namespace of its own; without TLS where that is not among them."""
-    shutil.copytree(K8S, folder / "k8s")
+    copied(folder)
     below = [each for each in ("autoscaling", "gpu") if each in options]
     beside = [f"components/{each}" for each in (TLS if "tls" in options else ())] or ["overlays/dev/without-tls"]
-    beside += ["components/monitoring"] if "monitoring" in options else []
+    beside += [f"components/{each}" for each in ("monitoring", "tracing") if each in options]
     services = {
         "namespace": "elsewhere",
         "resources": [f"../../k8s/base/{each}" for each in SERVICES],
@@ -93,7 +94,7 @@ def test_images_are_of_this_version_and_for_gpus_where_there_are_some(name: str)
 
 def test_images_of_a_registry_take_the_place_of_both(tmp_path: Path) -> None:
     registry = "registry.example.org:5000/lines"
-    shutil.copytree(K8S, tmp_path / "k8s")
+    copied(tmp_path)
     entries = [
         {"name": name, "newName": f"{registry}/{name}", "newTag": "0.1.0-2"} for name in ("feddymem", "feddymem-cuda")
     ]
@@ -109,14 +110,31 @@ def test_components_are_sound_in_every_combination(options: tuple[str, ...], tmp
     assert problems(objects, trusted_network="tls" not in options) == []
     kinds = {item["kind"] for item in objects}
     made = {"autoscaling": "HorizontalPodAutoscaler", "monitoring": "PodMonitor", "tls": "Certificate"}
-    assert {option for option, kind in made.items() if kind in kinds} == set(options) - {"gpu"}
+    found = {option for option, kind in made.items() if kind in kinds}
+    found |= {"tracing"} if all(collector_port(each) for each in workloads(objects)) else set()
+    assert found == set(options) - {"gpu"}
+    shown = [
+        item for item in of_kind(objects, "ConfigMap") if "grafana_dashboard" in item["metadata"].get("labels", {})
+    ]
+    assert len(shown) == (3 if "monitoring" in options else 0)
 
 
 def test_combinations_are_of_all_components_and_overlays_use_each() -> None:
     assert {each.split("/")[0] for each in COMPONENTS} == {*OPTIONS, "authority"}
     files = (K8S / "overlays").rglob("kustomization.yaml")
     used = {each for path in files for each in yaml.safe_load(path.read_text()).get("components", [])}
-    assert {each.partition("/components/")[2] for each in used} == {*COMPONENTS, ""}
+    without = {"tracing"}  # where the collector is, nobody but you knows
+    assert {each.partition("/components/")[2] for each in used} == {*COMPONENTS, ""} - without
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_traces_can_be_added_to_every_overlay(name: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    folder = tmp_path / "k8s" / "overlays" / name
+    extend(folder / "kustomization.yaml", "components", ["../../components/tracing"])
+    objects = build(folder)
+    assert problems(objects, trusted_network=name in TRUSTED_NETWORK) == []
+    assert {collector_port(each) for each in workloads(objects)} == {4317}
 
 
 def test_base_alone_does_not_start() -> None:
@@ -158,7 +176,7 @@ def test_site_and_central_fit_each_other() -> None:
 
 
 def test_another_site_is_a_copy_of_the_first_with_another_name(tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
+    copied(tmp_path)
     prod = tmp_path / "k8s" / "overlays" / "prod"
     shutil.copytree(prod / "site-a", prod / "site-b")
     for path in [path for path in (prod / "site-b").rglob("*") if path.is_file()]:
@@ -181,7 +199,7 @@ def test_another_site_is_a_copy_of_the_first_with_another_name(tmp_path: Path) -
 def test_secrets_by_hand_take_the_place_of_certificates(name: str, roles: int, tmp_path: Path) -> None:
     page = (K8S / "README.md").read_text()
     [block] = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
-    shutil.copytree(K8S, tmp_path / "k8s")
+    copied(tmp_path)
     file = tmp_path / "k8s" / "overlays" / name / "kustomization.yaml"
     extend(file, "patches", yaml.safe_load(block)["patches"])
     objects = build(file.parent)

@@ -1,5 +1,7 @@
 """The /metrics of an inference pod that serves 20 federations and has seen everything: `python -m` prints it.
 
+With arguments it is a `feddymem` that has all but one of these federations' series from the start.
+
 A process of its own, because a registry is for good: no other test's metrics are in it.
 """
 
@@ -39,7 +41,7 @@ _ENDS = (
 )
 
 
-def fill() -> None:
+def fill(federations: int = FEDERATIONS) -> None:
     """Everything is called, inspections end in every way, and somebody runs wild."""
     for service in (*_INSPECTIONS, *_STANDARD):
         for method in service.methods:
@@ -52,7 +54,7 @@ def fill() -> None:
                 rpc.RPC_SECONDS.labels(name).observe(0.01)
             limit = "streams" if "Stream" in method.name else "rate"
             rpc.RPCS_OVER_LIMIT.labels(name, limit).inc()
-    for number in range(FEDERATIONS):
+    for number in range(federations):
         name = f"federation-{number}"
         for anomalous in (False, True):
             metrics.of_federation(name).count(1.5, 1.0, anomalous)
@@ -82,5 +84,13 @@ def main() -> None:
         server.server_close()
 
 
+def serve() -> None:
+    """Is `feddymem`."""
+    fill(FEDERATIONS - 1)
+    from services.cli.main import main as feddymem
+
+    feddymem()
+
+
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] else main()

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
+from feddymem.client.channel import REQUEST_ID
 from feddymem.client.tls import async_channel_to
 from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamRequest, InspectStreamResponse
@@ -31,7 +32,7 @@ from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 from services.runtime.rate import BURST_SECONDS, Rate
 from services.runtime.receiving import RECEIVED_AT_ONCE
-from services.runtime.rpc import MAX_TEXT_BYTES, REQUEST_ID, RPCS, RPCS_OVER_LIMIT
+from services.runtime.rpc import MAX_TEXT_BYTES, RPCS, RPCS_OVER_LIMIT
 from services.runtime.server import Service, listening
 from services.runtime.settings import ServiceSettings
 from tests.certificates import Authority

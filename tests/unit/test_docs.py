@@ -22,7 +22,7 @@ from services.cli import exit_codes
 from services.edge_client.settings import EdgeClientSettings
 from services.inference import feedback
 from services.inference.settings import InferenceSettings
-from services.runtime import backoff, channels, following, rate, receiving, server_identity
+from services.runtime import backoff, channels, following, rate, receiving, server_identity, trace_export
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 ROOT = DOCS.parent
@@ -54,7 +54,8 @@ def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None
     expected: dict[str, object] = {}
     for model in (AggregatorSettings, FederationSettings, EdgeClientSettings, InferenceSettings):
         expected |= settings_in_seconds(model)
-    for module in (backoff, channel, channels, feedback, following, rate, receiving, rounds, server_identity):
+    modules = (backoff, channel, channels, feedback, following, rate, receiving, rounds, server_identity, trace_export)
+    for module in modules:
         expected |= {name: value for name, value in vars(module).items() if name.endswith("_SECONDS")}
     assert {name: float(value) for name, value in listed.items()} == expected | client_waits()
 

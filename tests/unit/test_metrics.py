@@ -166,6 +166,8 @@ async def test_a_refused_bank_is_counted_by_its_reason(tmp_path: Path, reason: s
             join(federation, site)
         reasons = ("late", "fingerprint", "duplicate", "invalid")
         assert [value("feddymem_banks_refused_total", federation=name, reason=each) for each in reasons] == [0] * 4
+        for durations in ("round", "aggregation"):  # there before the first, so that the first is an increase
+            assert value(f"feddymem_{durations}_duration_seconds_count", federation=name) == 0
         with pytest.raises(Refusal):
             federation.check_header(header(federation, "a", **changes))
         assert value("feddymem_banks_refused_total", federation=name, reason=reason) == 1
