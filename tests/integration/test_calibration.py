@@ -203,7 +203,7 @@ def test_a_site_with_one_image_holds_none_out_and_keeps_nobody_waiting(
         trial.close()
 
 
-def test_the_candidate_is_downloaded_once_and_is_there_when_the_next_round_starts_from_it(
+def test_a_candidate_stays_at_its_sites_as_what_the_next_round_starts_from(
     trial: Trial,
 ) -> None:
     trial.run({})
