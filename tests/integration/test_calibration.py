@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import urllib.request
@@ -85,7 +86,7 @@ def test_a_release_that_fails_a_check_is_kept_and_an_operator_may_activate_it(
         assert "release 2 has failed a check: not_worse" in shown
         code, said = operate(running, "show", "2", of="release")
         assert (code, "not_worse" in said, "failed" in said) == (0, True, True)
-        assert "failed a check" in " ".join(operate(running, "list", of="release")[1].split())
+        assert re.search(r" 2 +. newest, +.*failed ", operate(running, "list", of="release")[1], re.DOTALL)
         assert operate(running, "show", "7", of="release")[0] == 3
         said = operate(running, "show", "2", "--json", of="release")[1]
         details = json.loads(said)
