@@ -154,7 +154,7 @@ def _table(federation: str, answer: ListReleasesResponse) -> Table:
         marks = {
             "active": each.version == answer.active,
             _NEWEST: each.version == newest,
-            "failed a check": bool(each.failed),
+            "failed": bool(each.failed),
         }
         table.add_row(
             str(each.version),
