@@ -12,12 +12,15 @@ from grpc_reflection.v1alpha.reflection_pb2 import ExtensionRequest, ServerRefle
 from feddymem.openinference import open_inference_pb2 as oip
 from feddymem.v1.array_pb2 import ArrayChunk
 from feddymem.v1.federation_pb2 import BankHeader, GetStatusRequest, JoinRequest, UploadBankRequest, WatchRoundsRequest
+from feddymem.v1.feedback_pb2 import OPINION_FALSE_ALARM
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,
+    GetInspectionStatusRequest,
     InspectRequest,
     InspectStreamRequest,
     RawImage,
+    ReportFeedbackRequest,
 )
 from feddymem.v1.operator_pb2 import (
     STANDING_ADMITTED,
@@ -90,6 +93,17 @@ def inference_calls() -> Calls:
     return {
         f"{inspection}/Inspect": [[request] for request in inspections],
         f"{inspection}/InspectStream": _in_threes(streamed),
+        f"{inspection}/ReportFeedback": [
+            [
+                ReportFeedbackRequest(
+                    federation="parts", site=SITE, encoded=b"image", opinion=OPINION_FALSE_ALARM, note="?"
+                )
+            ]
+        ],
+        f"{inspection}/GetInspectionStatus": [
+            [GetInspectionStatusRequest()],
+            [GetInspectionStatusRequest(federation="parts")],
+        ],
         f"{open_inference}/ServerLive": [[oip.ServerLiveRequest()]],
         f"{open_inference}/ServerReady": [[oip.ServerReadyRequest()]],
         f"{open_inference}/ModelReady": [[oip.ModelReadyRequest(name="parts", version="1")]],
@@ -165,6 +179,7 @@ def _inspections() -> list[InspectRequest]:
         InspectRequest(),
         InspectRequest(map_format=MAP_FORMAT_FLOAT32, threshold=1, pixel_threshold=1),
         InspectRequest(federation="parts", site="dim-hall", map_format=MAP_FORMAT_PNG, threshold=0.5),
+        InspectRequest(site=SITE, map_format=MAP_FORMAT_PNG, false_alarm_rate=0.3, regions=True),
     ]
     requests = []
     for number, file in enumerate(image_files()):
@@ -197,7 +212,8 @@ def _inferences() -> list[oip.ModelInferRequest]:
         request.model_name, request.model_version = "parts", "1"
         request.parameters["site"].string_param = "dim-hall"
         request.parameters["threshold"].double_param = 0.5
-        for name in ("score", "verdict", "anomaly_map"):
+        request.parameters["false_alarm_rate"].string_param = "0.3"
+        for name in ("score", "verdict", "p_value", "normalised_score", "threshold", "regions", "anomaly_map"):
             request.outputs.add(name=name)
     return requests
 
