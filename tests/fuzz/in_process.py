@@ -14,9 +14,11 @@ from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from feddymem.backbone import load_extractor
+from feddymem.calibration import Calibration, SiteCalibration, site_key
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
+from feddymem.sketch import ScoreSketch
 from feddymem.v1.array_pb2 import Array
 from feddymem.v1.federation_pb2 import BankHeader
 from feddymem.v1.operator_pb2 import STANDING_JUDGED
@@ -45,7 +47,7 @@ from services.inference.settings import InferenceSettings
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import WireArray, bank_to_wire, chunks
 from services.runtime.errors import as_refusal
-from services.runtime.messages import feature_space_to_message, generator_to_wire
+from services.runtime.messages import calibration_to_message, feature_space_to_message, generator_to_wire
 from services.runtime.publisher import Publisher, download
 from services.runtime.rpc import RpcBoundary
 from services.runtime.server import Service
@@ -267,12 +269,17 @@ class InProcess:
         arrays = bank_to_wire(memory, "float16")
         release = _release(arrays, registry.arrays, "parts")
         release.feature_space.CopyFrom(feature_space_to_message(space))
+        held_out = SiteCalibration(*[ScoreSketch.of(range(5, 45))] * 2)
+        calibration = Calibration.of({site_key("parts", SITE): held_out}, 0.05)
+        release.calibration.CopyFrom(calibration_to_message(calibration))
         await registry.receive(release)
         network = generator_to_wire(MemoryGenerator(space.channels, space.grid))
         generator = _release(network, registry.arrays, "parts")
         generator.feature_space.CopyFrom(release.feature_space)
         generator.kind, generator.site = RELEASE_KIND_MEMORY_GENERATOR, SITE
-        self.releases = [_published(release, arrays), _published(generator, network)]
+        shadow = Release.FromString(release.SerializeToString())
+        shadow.shadow = True
+        self.releases = [_published(each, arrays) for each in (release, shadow)] + [_published(generator, network)]
         self._batcher = Batcher(1, 1, settings.max_delay_seconds, settings.room, settings.max_pixels)
         self._batcher.start()
         inspector = Inspector(registry, self._batcher)

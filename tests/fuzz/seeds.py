@@ -34,6 +34,7 @@ from feddymem.v1.feedback_pb2 import (
 from feddymem.v1.inspection_pb2 import (
     MAP_FORMAT_FLOAT32,
     MAP_FORMAT_PNG,
+    GetInspectionStatusRequest,
     InspectRequest,
     InspectStreamRequest,
     RawImage,
@@ -138,6 +139,10 @@ def inference_calls() -> Calls:
             *([ReportFeedbackRequest(**said)] for said in _said()),
             *([ReportFeedbackRequest(federation="parts", site="dim-hall", **said)] for said in _said()),
         ],
+        f"{inspection}/GetInspectionStatus": [
+            [GetInspectionStatusRequest()],
+            [GetInspectionStatusRequest(federation="parts")],
+        ],
         f"{open_inference}/ServerLive": [[oip.ServerLiveRequest()]],
         f"{open_inference}/ServerReady": [[oip.ServerReadyRequest()]],
         f"{open_inference}/ModelReady": [[oip.ModelReadyRequest(name="parts", version="1")]],
@@ -237,6 +242,7 @@ def _inspections() -> list[InspectRequest]:
         InspectRequest(),
         InspectRequest(map_format=MAP_FORMAT_FLOAT32, threshold=1, pixel_threshold=1),
         InspectRequest(federation="parts", site="dim-hall", map_format=MAP_FORMAT_PNG, threshold=0.5),
+        InspectRequest(site=SITE, map_format=MAP_FORMAT_PNG, false_alarm_rate=0.3, regions=True),
     ]
     requests = []
     for number, file in enumerate(image_files()):
@@ -269,7 +275,8 @@ def _inferences() -> list[oip.ModelInferRequest]:
         request.model_name, request.model_version = "parts", "1"
         request.parameters["site"].string_param = "dim-hall"
         request.parameters["threshold"].double_param = 0.5
-        for name in ("score", "verdict", "anomaly_map"):
+        request.parameters["false_alarm_rate"].string_param = "0.3"
+        for name in ("score", "verdict", "p_value", "normalised_score", "threshold", "regions", "anomaly_map"):
             request.outputs.add(name=name)
     return requests
 

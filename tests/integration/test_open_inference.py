@@ -105,7 +105,9 @@ def test_tritonclient_learns_what_there_is(triton: Answers) -> None:
         "platform": "feddymem",
         "versions": ["2"],
     }
-    assert triton.results["outputs"] == ["score", "verdict", "anomaly_map"]
+    assert triton.results["outputs"] == [
+        *("score", "verdict", "threshold", "p_value", "normalised_score", "regions", "anomaly_map")
+    ]
     assert triton.results["index"] == [["bricks", "2", "READY"]]
 
 

@@ -265,6 +265,8 @@ def test_the_client_does_without_torch() -> None:
 def test_the_names_are_those_that_callers_rely_on() -> None:
     assert feddymem.client.__all__ == [
         "AsyncInspectionClient",
+        "Guarantee",
+        "HeatScale",
         "Image",
         "InspectionClient",
         "InspectionError",

@@ -37,6 +37,8 @@ from tests.certificates import Authority
 SECONDS = 30
 Name = tuple[str, int]
 """Federation and version of a release."""
+SHADOW = 9
+"""Version that is in the shadow of the active release, wherever it is said."""
 
 
 def array(name: Name) -> WireArray:
@@ -47,7 +49,10 @@ def array(name: Name) -> WireArray:
 def release(name: Name) -> Release:
     federation, version = name
     arrays = [array(name).manifest]
-    return Release(federation=federation, version=version, kind=RELEASE_KIND_GLOBAL_MEMORY, arrays=arrays)
+    shadow = version == SHADOW
+    return Release(
+        federation=federation, version=version, kind=RELEASE_KIND_GLOBAL_MEMORY, arrays=arrays, shadow=shadow
+    )
 
 
 class ScriptedPublisher(release_pb2_grpc.ReleaseServiceServicer):
@@ -212,6 +217,16 @@ async def test_of_releases_that_wait_the_newest_is_next(
     publisher.send(("parts", 1))
     await until(receiver, lambda: receiver.taken == [("screws", 1), ("parts", 1), ("parts", 3)])
     assert ("parts", 2) not in publisher.downloads
+
+
+async def test_a_release_and_the_one_in_its_shadow_do_not_take_each_others_place(
+    publisher: ScriptedPublisher, receiver: Receiver, task: asyncio.Task[None]
+) -> None:
+    publisher.held.add(("parts", 1))
+    publisher.say(("parts", 1), ("parts", SHADOW))
+    await until(receiver, lambda: receiver.taken == [("parts", SHADOW)])
+    publisher.send(("parts", 1))
+    await until(receiver, lambda: receiver.taken == [("parts", SHADOW), ("parts", 1)])
 
 
 async def test_a_download_that_fails_is_tried_again_and_the_watch_goes_on(

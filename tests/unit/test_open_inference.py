@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from feddymem.calibration import Limit, Normals
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
-from feddymem.maps import HeatScale
+from feddymem.maps import HeatScale, Region
 from feddymem.openinference.open_inference_pb2 import (
     InferParameter,
     InferTensorContents,
@@ -32,7 +33,8 @@ from feddymem.openinference.open_inference_pb2 import (
     ServerMetadataRequest,
     ServerReadyRequest,
 )
-from feddymem.verdicts import judge
+from feddymem.sketch import ScoreSketch
+from feddymem.verdicts import SiteLimits, judge
 from services.inference import tensors
 from services.inference.inspector import Inspection, Inspector, Result
 from services.inference.open_inference import OpenInferenceServicer
@@ -80,6 +82,7 @@ class FakeInspector:
 
     def __init__(self) -> None:
         self.seen: list[Inspection] = []
+        self.limit: Limit | None = None
         self.cancelled = 0
 
     async def inspect(self, inspection: Inspection) -> Result:
@@ -95,10 +98,10 @@ class FakeInspector:
             raise ImageError("image is not a readable JPEG")
         return Result(
             score=score,
-            judgement=judge(score, None, inspection.threshold),
+            judgement=judge(score, self.limit, inspection.threshold),
             pixel_threshold=None,
             heat_scale=HeatScale(0.0, 1.0),
-            regions=(),
+            regions=(Region(1, 2, 3, 4, 5, 6.5),) * (score - 1) if inspection.regions else (),
             float_map=np.full((SIZE, SIZE), score, np.float32) if inspection.map_kind == "float32" else None,
             png_map=None,
             height=1,
@@ -271,9 +274,52 @@ async def test_a_threshold_of_any_numeric_type_gives_a_verdict(
     }
 
 
+@pytest.fixture
+def calibrated(inspector: FakeInspector, monkeypatch: pytest.MonkeyPatch) -> Limit:
+    """The limit of a release that is calibrated by 40 images with scores about 1."""
+    limit = Normals({"north": ScoreSketch.of([1.0] * 40)}).limit("north", 0.1)
+    assert limit is not None
+    monkeypatch.setattr(FakeActive, "limits", lambda _self, _site: SiteLimits(limit, limit))
+    inspector.limit = limit
+    return limit
+
+
+async def test_a_calibrated_release_has_verdicts_and_what_they_rest_on(
+    servicer: OpenInferenceServicer, inspector: FakeInspector, calibrated: Limit
+) -> None:
+    rate = {"false_alarm_rate": InferParameter(string_param="0.2"), "pixel_threshold": InferParameter(double_param=3)}
+    usual = await servicer.ModelInfer(encoded(b"\1", b"\2", parameters=rate), CONTEXT)
+    assert {name: values.tolist() for name, values in arrays(usual).items()} == {
+        "score": [1, 2],
+        "verdict": [False, True],
+    }
+    [first, second] = inspector.seen
+    assert (first.false_alarm_rate, first.pixel_threshold, first.regions) == (0.2, 3, False)
+    assert (second.false_alarm_rate, second.patient) == (0.2, True)
+    named = ("p_value", "threshold", "normalised_score", "verdict")
+    found = arrays(await servicer.ModelInfer(encoded(b"\1", b"\2", outputs=outputs(*named)), CONTEXT))
+    assert tuple(found) == named
+    np.testing.assert_allclose(found["p_value"], [1, 1 / 41], rtol=1e-6)
+    np.testing.assert_allclose(found["threshold"], [calibrated.threshold] * 2, rtol=1e-6)
+    np.testing.assert_allclose(found["normalised_score"], [calibrated.normalised(1), 1], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("calibrated")
+async def test_regions_say_which_image_they_are_of(servicer: OpenInferenceServicer) -> None:
+    answer = await servicer.ModelInfer(encoded(b"\1", b"\2", b"\3", outputs=outputs("regions")), CONTEXT)
+    row = [1, 2, 3, 4, 5, 6.5]
+    assert arrays(answer)["regions"].tolist() == [[1, *row], [2, *row], [2, *row]]
+    none = await servicer.ModelInfer(encoded(b"\1", outputs=outputs("regions")), CONTEXT)
+    assert list(none.outputs[0].shape) == [0, 7]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"parameters": {"false_alarm_rate": InferParameter(string_param="few")}}, "false_alarm_rate is 'few'"),
+        ({"outputs": outputs("regions")}, "set the parameter pixel_threshold"),
+        ({"outputs": outputs("threshold")}, "set the parameter threshold"),
+        ({"outputs": outputs("p_value")}, "without a calibration"),
         ({"parameters": {"threshold": InferParameter(bool_param=True)}}, "threshold is True"),
         ({"parameters": {"threshold": InferParameter(string_param="high")}}, "threshold is 'high'"),
         ({"parameters": {"threshold": InferParameter()}}, "threshold has no value"),
