@@ -4,7 +4,7 @@
   held out.
 - resampled: held-out and good test images of each site put together and split anew at random, so that both are of one
   distribution: the mean rate over many splits, and the rates between which 95 % of the splits lie.
-- relit: the good test images in another light (every pixel times 0.8, plus 15): the rate breaks.
+- relit: the good test images in other lights: whether the rate breaks, and whether drift is reported.
 - relearned: at one site, another one for each seed, the light changes. It has learned from half of its normal images;
   then 30 of the other half (all, where they are fewer) come in the new light, and one more round is run. No image is
   learned from in one light and tested in the other: tests are on the test images only, in both lights.
@@ -43,7 +43,10 @@ from feddymem.sketch import ScoreSketch
 from services.runtime.hardware import configure_hardware
 
 SEEDS = 5
-GAIN, OFFSET = 0.8, 15
+LIGHTS = {"darker": (0.8, 15.0), "brighter": (1.25, 15.0)}
+"""Gain and offset of each light that images are put into."""
+LEARNED_LIGHT = "brighter"
+"""The one that a site learns: the darker one raises no alarms."""
 NEW_IMAGES = 30
 DRIFT_IMAGES = 50
 """Images within which drift is to be reported."""
@@ -55,41 +58,45 @@ Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Light:
-    """Where the images of a site are in the light of before, and in the new one.
+class Relit:
+    """Normal images in other lights.
 
     Attributes:
-        relit: the file in the new light, by the file of before.
+        files: the file in a light, by the light and by the file that it was made of.
     """
 
-    relit: Mapping[Path, Path]
+    files: Mapping[str, Mapping[Path, Path]]
 
     @staticmethod
-    def of(sites: Sequence[SiteData], folder: Path) -> Light:
-        """Writes all normal images of sites, for training and for tests, in the new light."""
-        folder.mkdir(parents=True)
+    def of(sites: Sequence[SiteData], folder: Path) -> Relit:
+        """Writes all normal images of sites, for training and for tests, in all lights."""
         good = [image.path for site in sites for image in site.test if not image.defect]
-        relit = {}
-        for number, path in enumerate([*(path for site in sites for path in site.train), *good]):
-            pixels = np.clip(decode_file(path).astype(np.float32) * GAIN + OFFSET, 0, 255).round().astype(np.uint8)
-            # In the form that it was, because large JPEGs are decoded at a reduced scale.
-            relit[path] = folder / f"{number:06}{path.suffix}"
-            assert cv2.imwrite(str(relit[path]), pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])
-        return Light(relit)
+        normal = [*(path for site in sites for path in site.train), *good]
+        return Relit({light: {path: _relit(path, light, folder / light) for path in normal} for light in LIGHTS})
 
-    def good(self, test: Sequence[TestImage]) -> list[Path]:
+    def good(self, light: str, test: Sequence[TestImage]) -> list[Path]:
         """The good ones of test images."""
-        return [self.relit[image.path] for image in test if not image.defect]
+        return [self.files[light][image.path] for image in test if not image.defect]
+
+
+def _relit(path: Path, light: str, folder: Path) -> Path:
+    gain, offset = LIGHTS[light]
+    pixels = np.clip(decode_file(path).astype(np.float32) * gain + offset, 0, 255).round().astype(np.uint8)
+    # In the form that it was, because large JPEGs are decoded at a reduced scale.
+    written = folder / path.parents[2].name / path.parents[1].name / path.name
+    written.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(written), pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])
+    return written
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Scores of one site's images of each sort."""
+    """Scores of one site's images of each sort; of its good test images in each light, too."""
 
     held_out: Scores
     good: Scores
     defect: Scores
-    relit: Scores
+    relit: Mapping[str, Scores]
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,8 @@ class Relearned:
 class Federations:
     """Federations of a data set's sites."""
 
-    def __init__(self, sites: Sequence[SiteData], light: Light, cache: FeatureCache) -> None:
-        self.sites, self.light, self._cache = sites, light, cache
+    def __init__(self, sites: Sequence[SiteData], relit: Relit, cache: FeatureCache) -> None:
+        self.sites, self._relit, self._cache = sites, relit, cache
 
     def pools(self, seed: int) -> dict[str, Pools]:
         """Scores of all sites with the memory of one federation."""
@@ -121,7 +128,7 @@ class Federations:
                 self._held_out(site.train, memory, method),
                 self._scores(memory, [path for path, defect in test.items() if not defect]),
                 self._scores(memory, [path for path, defect in test.items() if defect]),
-                self._scores(memory, self.light.good(site.test)),
+                {light: self._scores(memory, self._relit.good(light, site.test)) for light in LIGHTS},
             )
         return result
 
@@ -135,7 +142,7 @@ class Federations:
         train[changed.name] = known
         memory = federate({name: self._split(paths, method)[0] for name, paths in train.items()}, method).memory
         before = self._of_site(changed, memory, train, method)
-        train[changed.name] = [*known, *(self.light.relit[path] for path in coming)]
+        train[changed.name] = [*known, *(self._relit.files[LEARNED_LIGHT][path] for path in coming)]
         after = self._of_site(changed, self._one_more_round(memory, train, method), train, method)
         return Relearned(before[0], after[0], before[1], after[1], before[2], after[2])
 
@@ -146,7 +153,7 @@ class Federations:
         held_out = {name: self._held_out(paths, memory, method) for name, paths in train.items()}
         labels = np.array([image.defect for image in site.test], bool)
         scores = self._scores(memory, [image.path for image in site.test])
-        relit = self._scores(memory, self.light.good(site.test))
+        relit = self._scores(memory, self._relit.good(LEARNED_LIGHT, site.test))
         anomalous = Verdicts(held_out)
         return (
             anomalous.share(site.name, relit),
@@ -213,11 +220,11 @@ def verdicts(runs: Sequence[Mapping[str, Pools]]) -> dict[str, object]:
                     found.limit(name).rate,
                     found.share_with_regions(name, pool.good),
                     found.share_with_regions(name, pool.defect),
-                    found.share(name, pool.relit),
+                    *(found.share(name, pool.relit[light]) for light in LIGHTS),
                 ]
             )
     values = np.array(list(rows.values()))  # (sites, seeds, figures)
-    names = ("false_alarm_rate", "detected", "guaranteed_rate", "good_with_region", "defect_with_region", "relit_rate")
+    names = ("false_alarm_rate", "detected", "guaranteed_rate", "good_with_region", "defect_with_region", *LIGHTS)
     return {
         **dict(zip(names, values.mean((0, 1)).round(4).tolist(), strict=True)),
         "false_alarm_rate_by_seed": values[..., 0].mean(0).round(4).tolist(),
@@ -243,16 +250,16 @@ def resampled(runs: Sequence[Mapping[str, Pools]]) -> dict[str, float]:
 def drift(runs: Sequence[Mapping[str, Pools]]) -> dict[str, object]:
     """Whether drift is reported while a site inspects its good test images, in the new light and in the old."""
     rng = np.random.default_rng(0)
-    images: dict[str, list[int | None]] = {"relit": [], "old_light": []}
+    images: dict[str, list[int | None]] = {what: [] for what in ("old light", *LIGHTS)}
     for pools in runs:
         found = Verdicts({name: pool.held_out for name, pool in pools.items()})
         for name, pool in pools.items():
-            for what, scores in (("relit", pool.relit), ("old_light", pool.good)):
+            for what, scores in {"old light": pool.good, **pool.relit}.items():
                 images[what].append(_until_drift(found.limit(name), rng.permutation(scores[:, 0])))
     return {
         what: {
             "reported": round(sum(count is not None for count in counts) / len(counts), 4),
-            "median_images": float(np.median([np.inf if count is None else count for count in counts])),
+            "most_images": max((count for count in counts if count is not None), default=None),
         }
         for what, counts in images.items()
     }
@@ -291,7 +298,7 @@ def main(data: list[Path]) -> None:
     with tempfile.TemporaryDirectory(prefix="feddymem-bench-") as folder:
         for path in data:
             sites = load_sites(path)
-            federations = Federations(sites, Light.of(sites, Path(folder) / path.name), cache)
+            federations = Federations(sites, Relit.of(sites, Path(folder) / path.name), cache)
             runs = [federations.pools(seed) for seed in range(SEEDS)]
             result[path.name] = {"verdicts": verdicts(runs), "resampled": resampled(runs), "drift": drift(runs)}
             write_result("calibration", result)
