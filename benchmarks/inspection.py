@@ -35,7 +35,7 @@ from feddymem.maps import anomaly_map, regions
 from feddymem.memory import MemoryBank
 from feddymem.scoring import Scorer
 from feddymem.search import NearestItems
-from feddymem.threads import leave_cores, workers
+from feddymem.threads import leave_cores, team, workers
 from feddymem.v1.inspection_pb2 import MAP_FORMAT_PNG, InspectRequest
 from services.demo.processes import FEDDYMEM, Fleet, RunningService
 from services.runtime.arrays import bank_to_wire
@@ -115,7 +115,8 @@ def one_caller(
     backbone = parts.bare_backbone()
     search = NearestItems(torch.from_numpy(memory.items), torch.from_numpy(memory.weights > 0), extractor.screen)
     turn = itertools.cycle(jpegs)
-    with grpc.insecure_channel(inference.grpc) as served, grpc.insecure_channel(echo) as echoing:
+    # The search in one thread of torch's, as the library and the service have it.
+    with team(1), grpc.insecure_channel(inference.grpc) as served, grpc.insecure_channel(echo) as echoing:
         inspect: Any = served.unary_unary(INSPECT)
         say: Any = echoing.unary_unary(ECHO)
         work = {

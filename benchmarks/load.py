@@ -40,6 +40,7 @@ class Load:
         outcomes: requests by gRPC status.
         latency_ms: of the answered, percentiles by name.
         refused_ms: of those refused with RESOURCE_EXHAUSTED; empty without any.
+        callers_cpu_cores: cores that the generator itself was busy on.
     """
 
     seconds: float
@@ -48,6 +49,7 @@ class Load:
     outcomes: dict[str, int]
     latency_ms: dict[str, float]
     refused_ms: dict[str, float]
+    callers_cpu_cores: float
 
 
 def run_load(
@@ -134,8 +136,9 @@ async def _measure(server: str, method: str, requests: list[bytes], seconds: flo
     rpcs: list[_Rpc] = [channel.unary_unary(method) for channel in channels]
     record = _Record()
     await asyncio.gather(*(_call(rpc, requests[0], time.perf_counter(), _Record()) for rpc in rpcs))  # connects
-    until = time.perf_counter() + seconds
+    until, cpu = time.perf_counter() + seconds, time.process_time()
     await (_open(rpcs, requests, until, rate, record) if rate else _closed(rpcs, requests, until, record))
+    cpu = (time.process_time() - cpu) / seconds
     for channel in channels:
         await channel.close()
     answered = len(record.seconds["OK"])
@@ -146,6 +149,7 @@ async def _measure(server: str, method: str, requests: list[bytes], seconds: flo
         outcomes=dict(record.outcomes),
         latency_ms=_percentiles(record.seconds["OK"]),
         refused_ms=_percentiles(record.seconds["RESOURCE_EXHAUSTED"]),
+        callers_cpu_cores=round(cpu, 2),
     )
 
 

@@ -24,6 +24,9 @@ _FULL_SCALE = 4.0
 """A heatmap's upper end, in typical distances of normal patches."""
 _COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_TURBO)[:, 0, ::-1].astype(np.uint8)
 """R, G, B of each of a heatmap's 256 levels."""
+_UP = 2
+"""PNG's filter of a line, which stands before it: what is stored is the difference to the line above, which of a smooth
+map takes two thirds of the room."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,9 @@ def _levels(distances: NDArray[np.float32], scale: HeatScale) -> NDArray[np.uint
 def _png(levels: NDArray[np.uint8]) -> bytes:
     """A PNG file of 8-bit indices into the colours; by ISA-L's deflate, in a third of the time that Pillow takes."""
     height, width = levels.shape
-    lines = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter, 0 for none
-    lines[:, 1:] = levels
+    lines = np.full((height, 1 + width), _UP, np.uint8)
+    lines[0, 1:] = levels[0]
+    np.subtract(levels[1:], levels[:-1], out=lines[1:, 1:])
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, a palette, nothing special
     chunks = ((b"IHDR", header), (b"PLTE", _COLOURS.tobytes()), (b"IDAT", _deflated(lines)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(

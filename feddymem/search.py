@@ -118,11 +118,11 @@ class NearestItems:
     def _nearest(self, query: _Query) -> Tensor:
         screened, least = self._screened(query.screen)
         limits = self._limits(query, least)
-        block, patch = _places(least <= limits.index_select(0, self._group))
+        block, patch = _places(least, limits.index_select(0, self._group))
         if len(patch) * BLOCK > _PAIRS and len(query.patches) > 1:
             return torch.cat([self._nearest(self._query(half)) for half in query.patches.chunk(2)], 1)
         group = self._group[block]
-        pair, place = _places(screened[block, :, patch] <= limits[group, patch, None])
+        pair, place = _places(screened[block, :, patch], limits[group, patch, None])
         patch, item = patch[pair], block[pair] * BLOCK + place
         squared = query.patches.index_select(0, patch).sub_(self._items.index_select(0, item)).square_().sum(1)
         of_origin = squared[:, None].where(self._origins[group[pair]], torch.inf)
@@ -194,11 +194,18 @@ def screen_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns where a mask is true. On the CPU by numpy, which takes a third of torch's time."""
-    flat = mask.flatten()
-    found = torch.from_numpy(np.flatnonzero(flat.numpy())) if mask.device.type == "cpu" else flat.nonzero().squeeze(1)
-    return found // mask.shape[1], found % mask.shape[1]
+def has_tiles() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16 as tiles (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def _places(values: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns where values are within limits. On the CPU by numpy, which takes a third of torch's time."""
+    if values.device.type == "cpu":
+        found = torch.from_numpy(np.flatnonzero(values.numpy() <= limits.numpy()))
+    else:
+        found = (values <= limits).flatten().nonzero().squeeze(1)
+    return found // values.shape[1], found % values.shape[1]
 
 
 def _sqrt(values: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.network import EMBEDDED_BACKBONE
 from feddymem.openvino_runtime import openvino
 from feddymem.runtimes import Compute, Precision, RuntimeName, compiled
+from feddymem.search import screen_by_torch
 
 SIDE = 32
 SECONDS = 60
@@ -361,3 +362,11 @@ def test_openvino_sets_up_no_telemetry(tmp_path: Path) -> None:
         [sys.executable, "-c", LOADED], env=os.environ | home, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout == "[] ['cache']\n"
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.usefixtures("folder")
+def test_torch_screens_where_the_processor_has_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "has_tiles", lambda: tiles)
+    screen = compiled(Small(), SIDE, "network", "openvino", "float32", CPU).screen
+    assert (screen is screen_by_torch) == tiles
