@@ -56,7 +56,7 @@ class Shadow:
     def count(self, line: str, alarm: bool, active_alarm: bool) -> None:
         """Counts an image that both have judged."""
         agreement: Agreement = "same" if alarm == active_alarm else "shadow_only" if alarm else "active_only"
-        metrics.SHADOW_VERDICTS.labels(self.federation, agreement).inc()
+        metrics.of_shadow(self.federation, agreement).inc()
         metrics.SHADOWED["judged"].inc()
         with self._lock:
             self._counts.setdefault(line, Counter())[agreement] += 1

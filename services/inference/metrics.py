@@ -9,13 +9,15 @@ import functools
 import threading
 from dataclasses import dataclass
 
-from prometheus_client import Counter, Gauge, Histogram, Summary
+from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5)
 _LEAST_DISTANCE = 1e-6
 """As for heatmaps: without spread, any distance is large."""
 NAMED_LINES = 30
 """Pairs of federation and site that have series of their own, and are watched for drift; the first that send images."""
+NAMED_SHADOWS = 5
+"""Federations with a release in the shadow that have series of their own, the first that have one."""
 
 INSPECTIONS = Counter(
     "feddymem_inspections_total",
@@ -49,10 +51,11 @@ BATCH_IMAGES = Histogram("feddymem_inspection_batch_images", "Images of a batch.
 WAITING = Gauge("feddymem_inspections_waiting", "Inspections accepted and not yet answered.")
 QUEUE_IMAGES = Gauge("feddymem_inspection_queue_images", "Images in the queue, not yet being decoded.")
 QUEUE_LIMIT = Gauge("feddymem_inspection_queue_limit_images", "Images that the queue has room for.")
-SCORE = Summary(
+SCORE = Histogram(
     "feddymem_inspection_score_ratio",
     "Anomaly scores, each divided by the typical distance of its release.",
     ["federation"],
+    buckets=(1.5, 2.0),
 )
 VERDICTS = Counter("feddymem_verdicts_total", "Verdicts: normal or anomalous.", ["federation", "verdict"])
 HIGHEST_RATE = Gauge(
@@ -86,7 +89,7 @@ SWAPS = Counter("feddymem_release_swaps_total", "Releases swapped in.")
 class OfFederation:
     """What is counted of one federation's inspections."""
 
-    score: Summary
+    score: Histogram
     normal: Counter
     anomalous: Counter
 
@@ -123,6 +126,7 @@ class OfLine:
 
 
 _lines: dict[tuple[str, str], OfLine] = {}
+_shadows: set[str] = set()
 _naming = threading.Lock()
 
 
@@ -132,3 +136,11 @@ def of_line(federation: str, site: str) -> OfLine | None:
         if (federation, site) not in _lines and len(_lines) < NAMED_LINES:
             _lines[federation, site] = OfLine(DRIFT.labels(federation, site))
         return _lines.get((federation, site))
+
+
+def of_shadow(federation: str, agreement: str) -> Counter:
+    """Images that a federation's release in the shadow has judged; beyond NAMED_SHADOWS, federations share a name."""
+    with _naming:
+        if len(_shadows) < NAMED_SHADOWS:
+            _shadows.add(federation)
+        return SHADOW_VERDICTS.labels(federation if federation in _shadows else "", agreement)

@@ -62,7 +62,7 @@ def fill(federations: int = FEDERATIONS) -> None:
         metrics.RELEASE_CREATED.labels(name).set(1.7e9)
         metrics.HIGHEST_RATE.labels(name).set(0.15)
         for agreement in ("same", "shadow_only", "active_only"):
-            metrics.SHADOW_VERDICTS.labels(name, agreement).inc()
+            metrics.of_shadow(name, agreement).inc()
     for number in range(FEDERATIONS * 20):
         line = metrics.of_line(f"federation-{number % FEDERATIONS}", f"site-{number}")
         if line is not None:

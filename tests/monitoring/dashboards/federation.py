@@ -19,7 +19,7 @@ _OF = f"{OF_NAMESPACE},{OF_FEDERATION}"
 _OURS = "feddymem_round_quorum_banks"
 """That only aggregators have; of each of their federations."""
 _NAME = "{{federation}}"
-_ALERTS = ("SiteSilent", "QuorumMissed", "RoundStuck", "BankQuarantined")
+_ALERTS = ("SiteSilent", "QuorumMissed", "RoundStuck", "BankQuarantined", "ReleaseFailedChecks")
 
 
 def _gauge(metric: str, legend: str = _NAME) -> Query:
@@ -261,6 +261,25 @@ RELEASES = Row(
             ),
             unit="percentunit",
             maximum=1,
+        ),
+        Panel(
+            title="Releases withheld",
+            description="Whether the newest release of a federation has failed a check and is not active: "
+            "`feddymem release show` says which check, and what was found.",
+            kind="stat",
+            queries=(_gauge("release_withheld"),),
+            unit="none",
+            steps=NOTHING_OR_ODD,
+        ),
+        Panel(
+            title="Calibrations and failed checks",
+            description="In an hour. Each site that has a bank in a release sends one calibration of it; a check that "
+            "fails keeps the release from being active.",
+            queries=(
+                _hourly("calibrations_accepted_total", "{{federation}} calibrations"),
+                _hourly("release_checks_failed_total", "{{federation}} {{check}} failed"),
+            ),
+            unit="none",
         ),
         Panel(
             title="Versions of the program",

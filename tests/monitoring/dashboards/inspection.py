@@ -209,7 +209,7 @@ SCORES = Row(
         Panel(
             title="Alarm rate",
             description="Share of an hour's verdicts that are anomalous, and the highest that is allowed "
-            "(`feddymem:alarm_rate_band:high` in the rules: set it to what your line can live with).",
+            "by the calibration of the release: the rate that it guarantees, and what chance adds to it in 100 images.",
             queries=(
                 Query(
                     f"service_federation:feddymem_verdicts_anomalous:ratio_rate1h{{{_FEDERATIONS}}}",
@@ -219,6 +219,17 @@ SCORES = Row(
             ),
             unit="percentunit",
             maximum=1,
+        ),
+        Panel(
+            title="Drift",
+            description="Whether a site's images are scored unlike those that it held out; images without a site are "
+            "one. Drift in docs/alerts.md says what to do.",
+            kind="state-timeline",
+            queries=(
+                Query(f"max by (federation, site) (feddymem_drift{{{_FEDERATIONS}}})", "{{federation}} {{site}}"),
+            ),
+            unit="none",
+            texts=((0, "no", GREEN), (1, "yes", RED)),
         ),
     ),
 )
@@ -250,6 +261,22 @@ RELEASES = Row(
             description="Of releases: the aggregator, and the site's edge clients. Without the aggregator a replica "
             "scores with what it has, and would not hear of a rollback (AggregatorUnreachable).",
             queries=(Query(f"feddymem_publishers_connected{{{OF_SITE}}}", f"{{{{role}}}} {PROCESS}"),),
+        ),
+        Panel(
+            title="Release in the shadow",
+            description="Images of an hour that a release in the shadow has judged, by whether it agrees with the "
+            "active one, and those left out or failed. shadow_only: it would raise alarms that there are not now.",
+            queries=(
+                Query(
+                    f"sum by (agreement) (increase(feddymem_shadow_verdicts_total{{{OF_SITE}}}[1h])) or vector(0)",
+                    "{{agreement}}",
+                ),
+                Query(
+                    f'sum by (outcome) (increase(feddymem_shadow_images_total{{{OF_SITE},outcome!="judged"}}[1h]))',
+                    "{{outcome}}",
+                ),
+            ),
+            unit="none",
         ),
     ),
 )

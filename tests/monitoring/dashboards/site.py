@@ -131,6 +131,20 @@ LEARNING = Row(
             "between rounds: the site's images have changed.",
             queries=(_gauge("generator_loss"),),
         ),
+        Panel(
+            title="Calibration",
+            description="Images held out of the last bank, and seconds that scoring them takes, mean of an hour. Fewer "
+            "than 19: a rate of 5 % rests on other sites' images, too.",
+            queries=(
+                _gauge("held_out_images", "images"),
+                Query(
+                    f"rate(feddymem_edge_calibration_duration_seconds_sum{{{OF_SITE}}}[1h])"
+                    f" / rate(feddymem_edge_calibration_duration_seconds_count{{{OF_SITE}}}[1h])",
+                    "seconds",
+                ),
+            ),
+            unit="none",
+        ),
     ),
 )
 
@@ -151,6 +165,41 @@ BANK = Row(
             unit="percentunit",
         ),
         *devices(OF_SITE, "feddymem_device_info"),
+    ),
+)
+
+FEEDBACK = Row(
+    "Feedback",
+    7,
+    (
+        Panel(
+            title="Feedback received",
+            description="In an hour, by opinion. More false alarms than before: see Drift and AlarmRateOutOfBand in "
+            "docs/alerts.md.",
+            queries=(
+                Query(
+                    f"sum by (opinion) (increase(feddymem_edge_feedback_total{{{OF_SITE}}}[1h])) or vector(0)",
+                    "kept: {{opinion}}",
+                ),
+                Query(
+                    f"sum by (opinion) (increase(feddymem_feedback_reports_total{{{OF_SITE}}}[1h])) or vector(0)",
+                    "handed over: {{opinion}}",
+                ),
+            ),
+            unit="none",
+        ),
+        Panel(
+            title="Images that something was said of",
+            description="undecided: somebody has to look at them (docs/operations.md, Feedback).",
+            queries=(Query(f"sum by (state) (feddymem_edge_feedback_images{{{OF_SITE}}}) or vector(0)", "{{state}}"),),
+            unit="none",
+        ),
+        Panel(
+            title="Size of these images",
+            description="Near `max_feedback_bytes`, new feedback is refused: decide about what is there.",
+            queries=(Query(f"sum(feddymem_edge_feedback_bytes{{{OF_SITE}}}) or vector(0)", "bytes"),),
+            unit="bytes",
+        ),
     ),
 )
 
@@ -220,5 +269,5 @@ DASHBOARD = Dashboard(
     title="FedDyMem / Site",
     description="Does a site's edge client learn what it should, and do its lines have the releases?",
     variables=(NAMESPACE, SITE),
-    rows=(HEALTH, IMAGES, LEARNING, BANK, LINE, INSPECTION, *processes(OF_SITE, "feddymem_device_info")),
+    rows=(HEALTH, IMAGES, LEARNING, BANK, FEEDBACK, LINE, INSPECTION, *processes(OF_SITE, "feddymem_device_info")),
 )
