@@ -126,6 +126,9 @@ class _Context:
     def time_remaining(self) -> float:
         return _ANSWER_SECONDS
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     def set_trailing_metadata(self, _metadata: object) -> None:
         pass
 
@@ -179,7 +182,6 @@ class InProcess:
         Raises:
             FaultError: in another way than with an answer or a refusal.
         """
-        self._set_right(path)
         return self._loop.run_until_complete(self._call(path, messages))
 
     def receive(self, messages: Sequence[bytes]) -> None:
@@ -211,6 +213,7 @@ class InProcess:
         self._batcher.stop()
 
     async def _call(self, path: str, messages: Sequence[bytes]) -> grpc.StatusCode:
+        self._set_right(path)
         handler = self._handlers[path]
 
         async def found(_details: object) -> Any:

@@ -199,7 +199,7 @@ def test_a_client_that_only_knows_reflection_can_inspect(system: System, image: 
 def test_grpcurl_lists_every_service_of_every_server(system: System) -> None:
     expected = {
         system.aggregator: [f"feddymem.v1.{name}Service" for name in ("Federation", "Operator", "Release")],
-        system.edges["dim-hall"]: ["feddymem.v1.ReleaseService"],
+        system.edges["dim-hall"]: [f"feddymem.v1.{name}Service" for name in ("Feedback", "Release")],
         system.inference: ["feddymem.v1.InspectionService"],
     }
     grpcurl = str(Path(sys.executable).with_name("grpcurl"))

@@ -129,8 +129,7 @@ def test_combinations_are_of_all_components_and_overlays_use_each() -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_traces_can_be_added_to_every_overlay(name: str, tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
-    folder = tmp_path / "k8s" / "overlays" / name
+    folder = copied(tmp_path) / "overlays" / name
     extend(folder / "kustomization.yaml", "components", ["../../components/tracing"])
     objects = build(folder)
     assert problems(objects, trusted_network=name in TRUSTED_NETWORK) == []

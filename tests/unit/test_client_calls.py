@@ -275,6 +275,7 @@ def test_the_names_are_those_that_callers_rely_on() -> None:
         "InvalidRequestError",
         "MapKind",
         "NotServedError",
+        "Opinion",
         "OverloadedError",
         "Region",
         "ServiceFailedError",
