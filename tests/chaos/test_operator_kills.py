@@ -15,7 +15,6 @@ from feddymem.v1.operator_pb2 import (
     ActivateReleaseRequest,
     RemoveSiteRequest,
     SetStandingRequest,
-    ShadowReleaseRequest,
 )
 from feddymem.v1.operator_pb2_grpc import OperatorServiceStub
 from tests.chaos.cells import WHENS
@@ -44,14 +43,9 @@ def activate(operator: OperatorServiceStub) -> object:
     return operator.ActivateRelease(ActivateReleaseRequest(federation="parts", version=1), timeout=SECONDS)
 
 
-def shadow(operator: OperatorServiceStub) -> object:
-    return operator.ShadowRelease(ShadowReleaseRequest(federation="parts", version=1), timeout=SECONDS)
-
-
 DECISIONS: dict[str, tuple[Say, Holds]] = {
     "put_standing": (ban, lambda status: STANDING_BANNED in {site.standing for site in status.sites}),
     "remove_site": (remove, lambda status: LAST not in {site.site for site in status.sites}),
-    "set_shadow": (shadow, lambda status: status.shadow_release == 1),
     "set_held": (activate, lambda status: status.release_held),
 }
 
@@ -74,6 +68,8 @@ def test_a_decision_is_made_or_not_at_all(trial: Trial, write: str, when: When) 
             site.join()
         for number, site in enumerate(sites):
             site.upload(make_bank(number), item_type="uint8")
+        for site in sites:
+            site.calibrate()
         sites[0].wait_for(PHASE_OPEN, 2)
         with pytest.raises(grpc.RpcError):
             say(OperatorServiceStub(channel))
