@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.deploy.conftest import Deployment
+from tests.deploy.engine import podman
 from tests.deploy.inspections import Inspection, Line
 from tests.deploy.metrics import inspected, total
 from tests.deploy.pod import Pod
@@ -21,6 +22,8 @@ RELEASE = "feddymem_serving_release_version"
 _SECONDS = 120
 _SETTLED = 20
 """Inspections before and after whatever a test does to the pods."""
+_IMAGE_BYTES = 1.5e9
+"""Of the image for CPUs, at most."""
 
 
 def pods(deployment: Deployment) -> list[Pod]:
@@ -53,6 +56,12 @@ def under_load(deployment: Deployment, what: str) -> Iterator[Line]:
 
 def settle(deployment: Deployment, what: str) -> float:
     return deployment.cluster.wait(deployment.cluster.settled, _SECONDS, what)
+
+
+def test_the_image_is_small_enough(deployment: Deployment) -> None:
+    size = int(podman("image", "inspect", "--format", "{{.Size}}", deployment.image))
+    deployment.measured(f"the image: {size / 1e9:.3f} GB")
+    assert size < _IMAGE_BYTES
 
 
 def test_everything_starts_and_a_federation_is_done(deployment: Deployment) -> None:
