@@ -137,7 +137,8 @@ class Federations:
         method = Method(seed=seed)
         changed = self.sites[seed % len(self.sites)]
         drawn = [changed.train[number] for number in np.random.default_rng(seed).permutation(len(changed.train))]
-        known, coming = drawn[: -(-len(drawn) // 2)], drawn[-(-len(drawn) // 2) :][:NEW_IMAGES]
+        # In the order of their files each: what is held out are runs.
+        known, coming = sorted(drawn[: -(-len(drawn) // 2)]), sorted(drawn[-(-len(drawn) // 2) :][:NEW_IMAGES])
         train: dict[str, Sequence[Path]] = {site.name: site.train for site in self.sites}
         train[changed.name] = known
         memory = federate({name: self._split(paths, method)[0] for name, paths in train.items()}, method).memory

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,15 +82,12 @@ class FeatureCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._held = 0 if limit_bytes is None else sum(size for _, size, _ in self._files())
 
-    def extract(
-        self, paths: Sequence[Path], progress: Progress = no_progress, never_held_out: Iterable[Path] = ()
-    ) -> Extraction:
+    def extract(self, paths: Sequence[Path], progress: Progress = no_progress) -> Extraction:
         """Features of those files that can be read; looks at each file, and reads it again where it has changed.
 
         Args:
             paths: the image files.
             progress: is told how far it is.
-            never_held_out: those of them that are in a bank in any case, see `CachedPatches.split`.
 
         Raises:
             DatasetError: not one of the files could be read.
@@ -110,8 +107,7 @@ class FeatureCache:
         readable = [path for path in paths if path not in skipped]
         if not readable:
             raise DatasetError(f"none of the {len(paths)} images could be read; the first: {skipped[paths[0]]}")
-        patches = CachedPatches(self, readable, set(never_held_out) - skipped.keys())
-        return Extraction(patches, extracted, tuple(skipped.values()))
+        return Extraction(CachedPatches(self, readable), extracted, tuple(skipped.values()))
 
     def features(self, paths: Sequence[Path]) -> Tensor:
         """(n, patches, channels) float32 of n image files, extracted where they are not in the folder.
@@ -236,12 +232,12 @@ class CachedPatches:
     Args:
         cache: has the features, or extracts them.
         paths: the image files.
-        never_held_out: those of them that `split` leaves in the bank.
+        arrivals: see `held_out`, of those of them that `split` may hold out; None for all, in the order of `paths`.
     """
 
-    def __init__(self, cache: FeatureCache, paths: Sequence[Path], never_held_out: Iterable[Path] = ()) -> None:
+    def __init__(self, cache: FeatureCache, paths: Sequence[Path], arrivals: Mapping[str, int] | None = None) -> None:
         space = cache.extractor.feature_space
-        self._cache, self.paths, self._never_held_out = cache, tuple(paths), frozenset(never_held_out)
+        self._cache, self.paths, self._arrivals = cache, tuple(paths), arrivals
         self.images, self.patches_per_image, self.channels = len(paths), space.patches, space.channels
 
     def split(self, share: float, seed: int) -> tuple[CachedPatches, CachedPatches | None]:
@@ -249,12 +245,18 @@ class CachedPatches:
 
         The share is of the images that may be held out.
         """
-        names = {path: self._cache.name(path) for path in self.paths}
-        always_in_bank = {names[path] for path in self._never_held_out}
-        chosen = held_out([name for name in names.values() if name not in always_in_bank], share, seed)
+        names, arrivals = self.names, self._arrivals
+        if arrivals is None:
+            arrivals = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
+        chosen = held_out(arrivals, share, seed)
         bank = [path for path in self.paths if names[path] not in chosen]
         held = [path for path in self.paths if names[path] in chosen]
         return CachedPatches(self._cache, bank), CachedPatches(self._cache, held) if held else None
+
+    @property
+    def names(self) -> dict[Path, str]:
+        """Each file's SHA-256, in hex; equal images have one name."""
+        return {path: self._cache.name(path) for path in self.paths}
 
     def blocks(self) -> Iterator[Tensor]:
         """See PatchSource."""

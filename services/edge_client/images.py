@@ -11,6 +11,7 @@ from feddymem.datasets import list_images
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.memory_reduce import Progress
 from services.edge_client import metrics
+from services.edge_client.arrivals import Arrivals
 from services.edge_client.settings import EdgeClientSettings
 from services.runtime.files import quarantine
 from services.runtime.logs import get_logger
@@ -27,6 +28,7 @@ class SiteImages:
         folder: for the features.
         progress: is told how far an extraction is.
         accepted: the false alarms that an operator has accepted, see `FeedbackStore.accepted`.
+        arrivals: numbers the images.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class SiteImages:
         folder: Path,
         progress: Progress,
         accepted: Callable[[], Sequence[Path]],
+        arrivals: Arrivals,
     ) -> None:
         self.extractor, self.feature_space = extractor, extractor.feature_space
         self._data, self._progress, self._accepted = settings.data, progress, accepted
+        self._arrivals = arrivals
         self._cache = FeatureCache(
             folder, extractor, None, settings.batch_size, settings.max_pixels, discard=quarantine
         )
@@ -55,7 +59,7 @@ class SiteImages:
         """
         started = time.perf_counter()
         accepted = self._accepted()
-        found = self._cache.extract([*list_images(self._data), *accepted], self._progress, accepted)
+        found = self._cache.extract([*list_images(self._data), *accepted], self._progress)
         seconds = time.perf_counter() - started
         self._cache.keep_only(found.patches.paths)
         for reason in set(found.skipped) - self._skipped:
@@ -76,4 +80,10 @@ class SiteImages:
             metrics.FEATURE_SECONDS.inc(seconds)
         metrics.IMAGES.labels("read").set(found.patches.images)
         metrics.IMAGES.labels("skipped").set(len(found.skipped))
-        return found.patches
+        return self._numbered(found.patches, accepted)
+
+    def _numbered(self, patches: CachedPatches, accepted: Sequence[Path]) -> CachedPatches:
+        names = patches.names
+        never_held_out = {names.get(path) for path in accepted}
+        numbers = self._arrivals.number(name for name in names.values() if name not in never_held_out)
+        return CachedPatches(self._cache, patches.paths, numbers)

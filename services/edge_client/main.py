@@ -6,6 +6,7 @@ import asyncio
 
 from feddymem.backbone import FeatureExtractor, load_extractor, resolve_device
 from feddymem.datasets import list_images
+from services.edge_client.arrivals import Arrivals
 from services.edge_client.computing import Computing
 from services.edge_client.feedback import FeedbackStore
 from services.edge_client.feedback_servicer import FeedbackServicer
@@ -76,8 +77,9 @@ async def _take_part(
     await computing.run(state.claim, owner)
     kept = await computing.run(FeedbackStore, state.feedback, settings.max_feedback_bytes)
     feedback.begin(kept)
+    arrivals = await computing.run(Arrivals, state.arrivals)
     features, progress = state.features, computing.progress
-    images = await computing.run(SiteImages, settings, extractor, features, progress, kept.accepted)
+    images = await computing.run(SiteImages, settings, extractor, features, progress, kept.accepted, arrivals)
     participant = Participant(settings, images, device, state, publisher, computing)
     await participant.look()
     await readiness.set(True)

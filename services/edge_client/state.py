@@ -38,6 +38,7 @@ class EdgeState:
         make_folder(folder)
         self.arrays = ArrayStore(folder / "arrays")
         self.features, self.feedback = folder / "features", folder / "feedback"
+        self.arrivals = folder / "arrivals"
         self.instance = ""
         self._owner, self._outcome = folder / "owner", folder / "outcome"
 

@@ -146,24 +146,31 @@ def test_a_source_of_cached_patches_has_all_images_in_order(
     assert [len(batch) for batch in source.batches(4)] == [4, 2]
 
 
-def test_what_is_never_held_out_is_in_the_bank_and_changes_nothing_for_the_others(
-    folder: Path, paths: list[Path], small: FeatureExtractor
+def test_what_has_no_number_is_in_the_bank_and_changes_nothing_for_the_others(
+    paths: list[Path], folder: Path, small: FeatureExtractor
 ) -> None:
     cache = FeatureCache(folder, small)
-    *others, chosen, unreadable = paths
-    unreadable.write_bytes(b"no image")
+    *others, chosen = paths
     for seed in range(8):
-        alone, held_alone = cache.extract(others).patches.split(0.5, seed)
-        bank, held = cache.extract(paths, never_held_out=[chosen, unreadable]).patches.split(0.5, seed)
+        alone, held_alone = CachedPatches(cache, others).split(0.5, seed)
+        numbers = {cache.name(path): number for number, path in enumerate(others)}
+        bank, held = CachedPatches(cache, paths, numbers).split(0.5, seed)
         assert held_alone is not None
         assert held is not None
         assert held.paths == held_alone.paths
         assert bank.paths == (*alone.paths, chosen)
-    copy = chosen.with_name("copy.png")  # also by another name, in the folder of the site's images
-    copy.write_bytes(chosen.read_bytes())
-    bank, held = cache.extract([*others, copy, chosen], never_held_out=[chosen]).patches.split(0.5, 0)
+
+
+def test_the_numbers_decide_what_is_held_out(paths: list[Path], folder: Path, small: FeatureExtractor) -> None:
+    cache = FeatureCache(folder, small)
+    backwards = {cache.name(path): number for number, path in enumerate(reversed(paths))}
+    _, held = CachedPatches(cache, paths, backwards).split(0.5, 0)
+    _, as_they_came = CachedPatches(cache, paths[::-1]).split(0.5, 0)
+    _, in_order = CachedPatches(cache, paths).split(0.5, 0)
     assert held is not None
-    assert not {copy, chosen} & set(held.paths)
+    assert as_they_came is not None
+    assert in_order is not None
+    assert set(held.paths) == set(as_they_came.paths) != set(in_order.paths)
 
 
 def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
