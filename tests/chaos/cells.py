@@ -79,7 +79,7 @@ _EDGE = {
     f"{_STORE}._finish": (1, 5),
     f"{_PUBLISHER}.publish": (1, 2),
     "services.edge_client.images:SiteImages.look": (1, 2, 3),
-    "services.edge_client.arrivals:write_record": (1,),
+    "services.edge_client.arrivals:Arrivals.number": (1, 2),
     "services.edge_client.participant:local_update": (1, 2),
     "services.edge_client.participant:upload_bank": (1, 2),
     "services.edge_client.participant:download": (1, 2, 3, 4),  # of candidates and of what rounds start from
