@@ -41,8 +41,8 @@ class InferenceSettings(ClientSettings):
         default=None,
         ge=1,
         le=100_000,
-        description="inspections waiting, at most; more are refused; none: as many as are computed at once, or one for "
-        "each thread if that is more",
+        description="inspections waiting, at most; more are refused; none: one more than are computed at once, or than "
+        "there are threads if those are more",
     )
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image accepted, in pixels")
     max_request_bytes: int = Field(
@@ -68,4 +68,4 @@ class InferenceSettings(ClientSettings):
     @property
     def room(self) -> int:
         """Inspections waiting, at most."""
-        return self.queue_size or max(self.batch * self.at_once, workers())
+        return self.queue_size or max(self.batch * self.at_once, workers()) + 1

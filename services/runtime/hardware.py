@@ -18,14 +18,14 @@ def configure_hardware(threads: int | None) -> None:
     """Sets threads and memory for a process that computes.
 
     Args:
-        threads: of torch, faiss and OpenCV; None for the cores that this process may use (a container's CPU limit
-            counts).
+        threads: of torch and faiss; None for the cores that this process may use (a container's CPU limit counts).
+            OpenCV has one: images are decoded and drawn in threads of ours, and its own spin while they wait for work.
     """
     _keep_freed_memory()
     count = threads or joblib.cpu_count()
     torch.set_num_threads(count)
     faiss.omp_set_num_threads(count)
-    cv2.setNumThreads(count)
+    cv2.setNumThreads(1)
 
 
 def _keep_freed_memory() -> None:
