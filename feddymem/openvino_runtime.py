@@ -68,24 +68,26 @@ class OpenVINOScreen:
 
 
 class _Requests:
-    """What a model is computed with: as many as may compute at once, each with buffers and all threads of its own.
+    """What a model is computed with: as many as may compute at once, each with buffers and threads of its own.
 
-    OpenVINO would give each of a model's own requests a share of the threads. So an image that is alone has them all.
+    Whoever is alone has all threads. Others meanwhile have their share of them: threads that are more than the cores
+    spend their time waiting for each other.
     """
 
     def __init__(self, model: object, hint: Hint) -> None:
-        self._free: queue.LifoQueue[Any] = queue.LifoQueue()  # the one used last is in the caches
-        for _ in range(computing_at_once()):
-            self._free.put(_request(model, hint))
+        self._free: queue.PriorityQueue[tuple[int, Any]] = queue.PriorityQueue()
+        threads, at_once = torch.get_num_threads(), computing_at_once()
+        for number in range(at_once):
+            self._free.put((number, _request(model, hint, max(1, threads // at_once) if number else threads)))
 
     @contextmanager
     def one(self) -> Iterator[Any]:
         """A request that nobody else has meanwhile."""
-        request = self._free.get()
+        free = self._free.get()
         try:
-            yield request
+            yield free[1]
         finally:
-            self._free.put(request)
+            self._free.put(free)
 
 
 @cache
@@ -93,11 +95,11 @@ def _core() -> Any:  # noqa: ANN401 - OpenVINO is imported late
     return openvino().Core()
 
 
-def _request(model: object, hint: Hint) -> Any:  # noqa: ANN401 - OpenVINO is imported late
+def _request(model: object, hint: Hint, threads: int) -> Any:  # noqa: ANN401 - OpenVINO is imported late
     options = {
         "INFERENCE_PRECISION_HINT": hint,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
         # Pinned threads wait for their core while another is free, and two services on a machine pin the same ones.
         "ENABLE_CPU_PINNING": False,
     }
