@@ -17,8 +17,8 @@ from threadpoolctl import ThreadpoolController
 
 
 def computing_at_once() -> int:
-    """How many threads may compute images at once on the CPU, each with all cores: a core that one leaves idle, between
-    two operations or waiting for memory, the other uses."""
+    """How many threads may compute images at once on the CPU, the first with all cores: a core that one leaves idle,
+    between two operations or waiting for memory, the other uses."""
     return max(2, torch.get_num_threads() // 4)
 
 
