@@ -5,8 +5,8 @@
 - resampled: held-out and good test images of each site put together and split anew at random, so that both are of one
   distribution: the mean rate over many splits, and the rates between which 95 % of the splits lie.
 - relit: the good test images in other lights: whether the rate breaks, and whether drift is reported.
-- relearned: at one site, another one for each seed, the light changes. It has learned from half of its normal images;
-  then 30 of the other half (all, where they are fewer) come in the new light, and one more round is run. No image is
+- relearned: at one site, another one for each seed, the light changes. It has learned from the first half of its normal
+  images; then the next 30 (or as many as there are) come in the new light, and one more round is run. No image is
   learned from in one light and tested in the other: tests are on the test images only, in both lights.
 """
 
@@ -136,9 +136,8 @@ class Federations:
         """The light of one site changes, and one more round is run."""
         method = Method(seed=seed)
         changed = self.sites[seed % len(self.sites)]
-        drawn = [changed.train[number] for number in np.random.default_rng(seed).permutation(len(changed.train))]
-        # In the order of their files each: what is held out are runs.
-        known, coming = sorted(drawn[: -(-len(drawn) // 2)]), sorted(drawn[-(-len(drawn) // 2) :][:NEW_IMAGES])
+        half = -(-len(changed.train) // 2)
+        known, coming = changed.train[:half], changed.train[half:][:NEW_IMAGES]
         train: dict[str, Sequence[Path]] = {site.name: site.train for site in self.sites}
         train[changed.name] = known
         memory = federate({name: self._split(paths, method)[0] for name, paths in train.items()}, method).memory

@@ -191,7 +191,7 @@ def _allowed(rate: float, images: int) -> int:
 def _limit(
     reference: NDArray[np.float64], rate: float, basis: Basis, scale: float = 1.0, scale_error: float = 0.0
 ) -> Limit:
-    allowed = max(0, _allowed(rate, len(reference)))
+    allowed = min(max(0, _allowed(rate, len(reference))), len(reference) - 1)  # of a rate near 1, not quite all
     highest = scale * float(reference[len(reference) - 1 - allowed])
     threshold = np.float32(highest)
     if float(threshold) <= highest:  # p falls to the rate above this value, not at it

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,13 +245,17 @@ class CachedPatches:
 
         The share is of the images that may be held out.
         """
-        names, arrivals = self.names, self._arrivals
+        arrivals = self._arrivals
         if arrivals is None:
-            arrivals = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
-        chosen = held_out(arrivals, share, seed)
-        bank = [path for path in self.paths if names[path] not in chosen]
-        held = [path for path in self.paths if names[path] in chosen]
-        return CachedPatches(self._cache, bank), CachedPatches(self._cache, held) if held else None
+            arrivals = {name: number for number, name in enumerate(dict.fromkeys(self.names.values()))}
+        held = self.only(held_out(arrivals, share, seed))
+        held_paths = set() if held is None else set(held.paths)
+        return CachedPatches(self._cache, [path for path in self.paths if path not in held_paths]), held
+
+    def only(self, images: Collection[str]) -> CachedPatches | None:
+        """Those of the images that have one of the names; None for none."""
+        chosen = [path for path, name in self.names.items() if name in images]
+        return CachedPatches(self._cache, chosen) if chosen else None
 
     @property
     def names(self) -> dict[Path, str]:

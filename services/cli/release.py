@@ -118,7 +118,8 @@ def rollback(
     if not earlier:
         kept = ", ".join(map(str, versions)) or "none"
         fail(
-            f"no release of {federation} before {active or 'the first'} is kept (kept: {kept}); nothing was changed",
+            f"no release of {federation} before {active or 'the first'} is kept and has passed its checks "
+            f"(kept: {kept}); `release activate` takes one that has not; nothing was changed",
             REFUSED,
         )
     _activate(federation, earlier[-1], active, server, tls_dir)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from services.runtime.files import read_record, write_record
 
+MAX_ABSENT = 100_000
+"""Images that are not there and keep their numbers; those with the least numbers go first."""
+
 
 class Arrivals:
     """Numbers images as they come. What is held out is chosen by these numbers, so that they must not change.
@@ -29,12 +32,14 @@ class Arrivals:
         Raises:
             OSError: the file cannot be written.
         """
-        known = dict.fromkeys(images)
-        numbers = {name: number for name, number in self._numbers.items() if name in known}
-        begin = max(numbers.values(), default=-1) + 1
-        new = [name for name in known if name not in numbers]
-        numbers.update({name: number for number, name in enumerate(new, begin)})
-        if numbers != self._numbers:
+        present = dict.fromkeys(images)
+        new = [name for name in present if name not in self._numbers]
+        if new:
+            begin = max(self._numbers.values(), default=-1) + 1
+            absent = sorted(self._numbers.keys() - present.keys(), key=self._numbers.__getitem__)
+            forgotten = set(absent[:-MAX_ABSENT])
+            numbers = {name: number for name, number in self._numbers.items() if name not in forgotten}
+            numbers |= {name: number for number, name in enumerate(new, begin)}
             write_record(self._path, "".join(f"{number} {name}\n" for name, number in numbers.items()).encode())
             self._numbers = numbers
-        return numbers
+        return {name: self._numbers[name] for name in present}

@@ -93,7 +93,7 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
     async def ListFeedback(self, request: ListFeedbackRequest, context: _Context) -> ListFeedbackResponse:
         """See feedback.proto."""
         store = self._require(Role.SITE, context)
-        return ListFeedbackResponse(feedback=store.kept(request.undecided))
+        return ListFeedbackResponse(feedback=await asyncio.to_thread(store.kept, request.undecided))
 
     async def DecideFeedback(self, request: DecideFeedbackRequest, context: _Context) -> DecideFeedbackResponse:
         """See feedback.proto."""

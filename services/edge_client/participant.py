@@ -250,7 +250,8 @@ class Participant:
 
     async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
         with tracing.span("extraction") as extraction:
-            patches, held_out = await self._split(method, aggregator)
+            present = await self._present(aggregator)
+            patches, held_out = await self._computing.run(present.split, method.hold_out_share, method.seed)
             tracing.note(extraction, images=patches.images)
         metrics.HELD_OUT.set(0 if held_out is None else held_out.images)
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
@@ -273,23 +274,23 @@ class Participant:
         metrics.REDUCE_RATIO.set(len(update.bank) / (patches.images * self._images.feature_space.patches))
         if update.loss is not None:
             metrics.LOSS.set(update.loss)
-        outcome = await self._computing.run(self._keep, update, event, patches.images, method)
+        outcome = await self._computing.run(self._keep, update, event, method, patches, held_out)
         if outcome.generator is not None:
             self._publisher.publish(outcome.generator)
         assert outcome.bank is not None
         return outcome.bank
 
-    async def _split(self, method: Method, aggregator: _Aggregator) -> tuple[CachedPatches, CachedPatches | None]:
-        """The images that are in the folder now: those for the bank, and those held out of it, or none."""
+    async def _present(self, aggregator: _Aggregator) -> CachedPatches:
+        """The images that are in the folder now."""
         patches = await self.look()
         if patches.images != self._joined_images:  # as `feddymem status` shows it
             await self._join(aggregator)
-        return await self._computing.run(patches.split, method.hold_out_share, method.seed)
+        return patches
 
     async def _calibrate(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> None:
         """Tells how the round's candidate scores the held-out images, unless it is told already.
 
-        Nothing of it is kept on disk: after a restart it is computed again. Where the folder has changed since, another
+        Nothing of it is kept on disk: after a restart it is computed again. Where images are gone since, another
         calibration comes of it, which the aggregator refuses if it has the first one; that one stands then.
         """
         wanted = event.round, candidate_items(event)
@@ -312,7 +313,12 @@ class Participant:
     ) -> CalibrateRequest:
         candidate = await self._download(event.candidate, aggregator)
         base = await self._download(event.memory, aggregator) if event.HasField("memory") else None
-        _, held_out = await self._split(method, aggregator)
+        # As they were when the bank was made: images that have come since may be any, but none of the bank's.
+        outcome = self._state.last()
+        held_out = (await self._present(aggregator)).only(outcome.held_out)
+        if outcome.bank is None or outcome.bank.round != event.round:
+            _log.warning("bank_missing", reason="which images were held out of it is lost, too; nothing is scored")
+            held_out = None
         generator = self._load_generator() if method.generator else None
         if method.generator and generator is None:
             _log.warning("generator_missing", reason="the memory generator of this round is lost; nothing is scored")
@@ -325,17 +331,24 @@ class Participant:
         said.instance, said.round, said.items_sha256 = self._state.instance, event.round, candidate_items(event)
         return said
 
-    def _keep(self, update: LocalUpdate, event: WatchRoundsResponse, images: int, method: Method) -> Outcome:
+    def _keep(
+        self,
+        update: LocalUpdate,
+        event: WatchRoundsResponse,
+        method: Method,
+        patches: CachedPatches,
+        held_out: CachedPatches | None,
+    ) -> Outcome:
         """Writes a round's outcome to disk."""
         bank = BankHeader(
             **self._identity,
             round=event.round,
             fingerprint=self._images.feature_space.fingerprint,
-            images=images,
+            images=patches.images,
             arrays=self._store(bank_to_wire(update.bank, method.item_type)),
         )
         generator = self._release(update.generator, event.round) if update.generator is not None else None
-        outcome = Outcome(bank, generator)
+        outcome = Outcome(bank, generator, frozenset() if held_out is None else frozenset(held_out.names.values()))
         self._state.put(outcome, event.memory.arrays)
         return outcome
 

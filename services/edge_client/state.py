@@ -25,10 +25,12 @@ class Outcome:
     Attributes:
         bank: the bank that was made for it; uploaded or not.
         generator: the memory generator that made it.
+        held_out: names of the images that were held out of it.
     """
 
     bank: BankHeader | None = None
     generator: Release | None = None
+    held_out: frozenset[str] = frozenset()
 
 
 class EdgeState:
@@ -72,6 +74,7 @@ class EdgeState:
         return Outcome(
             bank if bank.arrays and self._whole(bank.arrays) else None,
             generator if generator.arrays and self._whole(generator.arrays) else None,
+            frozenset(file.read().decode().split()),
         )
 
     def put(self, outcome: Outcome, base: Iterable[Array] = ()) -> None:
@@ -86,6 +89,7 @@ class EdgeState:
         file = io.BytesIO()
         serialize_length_prefixed(bank, file)
         serialize_length_prefixed(generator, file)
+        file.write("\n".join(sorted(outcome.held_out)).encode())
         write_record(self._outcome, file.getvalue())
         self.arrays.keep_only({array.sha256 for array in (*bank.arrays, *generator.arrays, *base)}, keep_parts=False)
 

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 
 from services.aggregator.state import State
@@ -16,10 +17,11 @@ SITE, OTHER = SITES
 WHEN_THE_BANK_IS_MADE = KillPoint("services.edge_client.state:EdgeState.put", "after", 1)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_bank_that_is_made_is_sent_although_images_have_come_since(
-    trial: Trial, images: dict[str, Path], tmp_path: Path
+    trial: Trial, images: dict[str, Path], tmp_path: Path, share: float
 ) -> None:
-    method = {**SETTINGS["method"], "hold_out_share": 0}  # type: ignore[dict-item]
+    method = {**SETTINGS["method"], "hold_out_share": share}  # type: ignore[dict-item]
     settings = {"federations": {"parts": {**SETTINGS, "keep_releases": 2, "method": method}}}
     (tmp_path / "trial" / "aggregator.yaml").write_text(yaml.safe_dump(settings))
     for name in trial.names:
@@ -36,16 +38,19 @@ def test_a_bank_that_is_made_is_sent_although_images_have_come_since(
     trial.start(SITE)
     wait(trial.done, trial.logs)
 
-    assert [(event["round"], event["images"]) for event in trial.events(SITE, "bank_made")] == [
-        (1, before),
-        (2, before + 1),
-    ]
+    held = {count: count // 2 if share else 0 for count in (before, before + 1, others)}
+    banks = {count: count - held[count] for count in held}
+    made_of = [(event["round"], event["images"]) for event in trial.events(SITE, "bank_made")]
+    assert made_of == [(1, banks[before]), (2, banks[before + 1])]
+    # What is scored is what was held out of the very bank, whatever would be held out of the images that are there now.
+    scored = [(event["round"], event["images"]) for event in trial.events(SITE, "calibration_accepted")]
+    assert scored == ([(1, held[before]), (2, held[before + 1])] if share else [])
     extracted = [(event["images"], event["extracted"]) for event in trial.events(SITE, "features_extracted")]
     assert extracted == [(before, before), (before + 1, 1)]
     trial.fleet.kill("aggregator")
     state = State(trial.fleet.state("aggregator"))
     first, second = (release.provenance for release in state.releases("parts"))
     state.close()
-    assert (first.images, second.images) == (before + others, before + 1 + others)
+    assert (first.images, second.images) == (banks[before] + banks[others], banks[before + 1] + banks[others])
     sent = {hashlib.sha256(bytes.fromhex(name)).hexdigest() for name in made}
     assert len(sent & set(first.banks_sha256)) == 1  # the very bank that was made before the images came

@@ -152,7 +152,8 @@ def test_a_rollback_that_somebody_was_faster_than_changes_nothing(start_aggregat
         code, said = operate(running, "rollback", of="release")
         assert (code, said) == (
             3,
-            "feddymem: no release of parts before 1 is kept (kept: 1, 2, 3, 4); nothing was changed\n",
+            "feddymem: no release of parts before 1 is kept and has passed its checks (kept: 1, 2, 3, 4); "
+            "`release activate` takes one that has not; nothing was changed\n",
         )
         assert activate(running, "newest", "--if-active", "1") == (0, "release 4 of parts is active; before: 1\n")
 

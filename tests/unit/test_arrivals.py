@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +17,20 @@ def test_images_are_numbered_as_they_come(tmp_path: Path) -> None:
     assert arrivals.number(["a", "b", "c", "d"]) == {"b": 0, "c": 1, "a": 2, "d": 3}
 
 
-def test_the_numbers_of_others_do_not_change_when_images_go(tmp_path: Path) -> None:
+def test_no_number_changes_when_images_go_or_come_back(tmp_path: Path) -> None:
     arrivals = Arrivals(tmp_path / "arrivals")
     arrivals.number(["a", "b", "c"])
     assert arrivals.number(["b", "c"]) == {"b": 1, "c": 2}
-    assert arrivals.number(["a", "b", "c"]) == {"b": 1, "c": 2, "a": 3}  # it has come again
     assert arrivals.number([]) == {}
+    assert arrivals.number(["d", "a", "b", "c"]) == {"d": 3, "a": 0, "b": 1, "c": 2}
+
+
+def test_of_those_that_have_gone_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.edge_client.arrivals.MAX_ABSENT", 2)
+    arrivals = Arrivals(tmp_path / "arrivals")
+    arrivals.number("abcd")
+    arrivals.number("de")
+    assert Arrivals(tmp_path / "arrivals").number("abcde") == {"a": 5, "b": 1, "c": 2, "d": 3, "e": 4}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
