@@ -30,9 +30,9 @@ def held_out(arrivals: Mapping[str, int], share: float, seed: int) -> frozenset[
     """Which of a site's images are held out.
 
     What came one after another is alike, and sites that see the same parts see them in about the same order. So whole
-    runs are chosen, evenly spread, and by all sites the same: else what one holds out, another, or its own bank, has
-    nearly learned. Most images stay on their side when others come. One that was in a bank and is held out later scores
-    a little too well; of 60 images that become 90 it is one, six at most.
+    runs are chosen, evenly spread, and by all sites the same: what is nearly what one holds out is then less often in
+    its own bank or another's. Most images stay on their side when others come. One that was in a bank and is held out
+    later scores a little too well; of 60 images that become 90 it is one, six at most.
 
     Args:
         arrivals: number of each image, by SHA-256 of its file in hex, in the order in which they came, from 0.
