@@ -3,10 +3,11 @@
 The null hypothesis is that images, one by one, are exchangeable with those held out, not in lots that are alike within
 a lot, but for a share of up to DEFECTS of them, which score as high as they like. Of each image the test takes the
 conformal p-value among the held-out images *and all images since the test began*: exact, whatever the number of images
-held out (a conformal test martingale: Vovk et al., Algorithmic Learning in a Random World, 2005). It bets on small p-values, f(p) = 1 + mean over q of
-w_q (1{p <= q} - ((1 - DEFECTS) q + DEFECTS)), of which the mean is at most 1 under the hypothesis, and adds the bets up
-in Shiryaev's and Roberts's form, R <- (1 + R) f(p): an e-detector (Shin, Ramdas and Rinaldo, arXiv 2203.03532), so that
-R comes to EVIDENCE after EVIDENCE images in the mean at the earliest while nothing has changed. A second one of its
+held out (a conformal test martingale: Vovk et al., Algorithmic Learning in a Random World, 2005). It bets on small
+p-values, f(p) = 1 + mean over q of w_q (1{p <= q} - ((1 - DEFECTS) q + DEFECTS)), of which the mean is at most 1 under
+the hypothesis, and adds the bets up in Shiryaev's and Roberts's form, R <- (1 + R) f(p): an e-detector (Shin, Ramdas
+and Rinaldo, arXiv 2203.03532), so that R comes to EVIDENCE after EVIDENCE images in the mean at the earliest while
+nothing has changed. A second one of its
 kind bets on scores that fall; what counts is the mean of both.
 """
 
