@@ -14,7 +14,7 @@ from feddymem.calibration import Limit, Normals
 from feddymem.sketch import STEP, ScoreSketch
 
 SCORE = st.floats(0, 1e6, width=32)
-RATE = st.floats(0.001, 0.999)
+RATE = st.floats(0.001, 0.999) | st.sampled_from([1 - 1e-6, 1 - 1e-9, 1 - 1e-12])
 SITES = st.lists(st.lists(SCORE, max_size=30), min_size=1, max_size=4).filter(any)
 
 
