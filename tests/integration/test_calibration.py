@@ -27,6 +27,8 @@ from tests.integration.test_operator import METHOD, activate, arrays, feddymem, 
 
 CALIBRATED = METHOD | {"hold_out_share": 0.2}
 SCORES = [float(score) for score in range(40, 50)]
+_WATCH_SECONDS = 180
+"""Of a watch beside which commands are called, each a process of its own."""
 
 
 def play(sites: list[FakeSite], number: int, worse: float = 1) -> None:
@@ -114,7 +116,7 @@ def test_a_release_in_the_shadow_is_published_beside_the_active_one(
     with joined(running, "a", "b") as sites:
         play(sites, 1)
         play(sites, 2, worse=1.2)
-        watch = sites[0].releases.WatchReleases(WatchReleasesRequest(), timeout=TIMEOUT_SECONDS)
+        watch = sites[0].releases.WatchReleases(WatchReleasesRequest(), timeout=_WATCH_SECONDS)
         first = next(watch).release
         assert (first.version, first.shadow) == (1, False)
         code, said = operate(running, "shadow", "1", of="release")
@@ -131,7 +133,7 @@ def test_a_release_in_the_shadow_is_published_beside_the_active_one(
     fleet.kill("aggregator", signal.SIGKILL)
     running = start_aggregator(**settings)
     with joined(running, "a", "b") as sites:
-        watch = sites[0].releases.WatchReleases(WatchReleasesRequest(), timeout=TIMEOUT_SECONDS)
+        watch = sites[0].releases.WatchReleases(WatchReleasesRequest(), timeout=_WATCH_SECONDS)
         assert [(r.release.version, r.release.shadow) for r in (next(watch), next(watch))] == [(1, False), (2, True)]
         assert activate(running, "2")[0] == 0  # and so it is in the shadow of nothing
         ended = following(watch, lambda release: release.shadow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -115,6 +116,9 @@ async def test_an_rpc_is_a_span_in_the_trace_of_its_caller(
         method: Any = channel.unary_unary(f"/{SERVICE}/{name}")
         call = method(b"ab", timeout=SECONDS, metadata=(TRACEPARENT,))
         assert (await call.code()).name == code
+        async with asyncio.timeout(SECONDS):  # who is refused hears of it before the span ends
+            while not of_kind(exported, SpanKind.SERVER):
+                await asyncio.sleep(0.01)
     [span] = of_kind(exported, SpanKind.SERVER)
     assert (span.name, ids(span)) == (f"{SERVICE}/{name}", (TRACE, PARENT))
     attributes = dict(span.attributes or {})
