@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -75,7 +76,8 @@ def _false_alarms(sites: int, images: int, defects: float) -> int:
 
 def _in_lots(rng: np.random.Generator, images: int, share: float) -> Scores:
     lots = rng.normal(size=-(-images // _LOT)).repeat(_LOT)[:images]
-    return 40 * np.exp(0.1 * (share**0.5 * lots + (1 - share) ** 0.5 * rng.normal(size=images)))
+    scores: Scores = 40 * np.exp(0.1 * (math.sqrt(share) * lots + math.sqrt(1 - share) * rng.normal(size=images)))
+    return scores
 
 
 def _of_lots(images: int, share: float) -> str:
