@@ -7,8 +7,7 @@ held out (a conformal test martingale: Vovk et al., Algorithmic Learning in a Ra
 p-values, f(p) = 1 + mean over q of w_q (1{p <= q} - ((1 - DEFECTS) q + DEFECTS)), of which the mean is at most 1 under
 the hypothesis, and adds the bets up in Shiryaev's and Roberts's form, R <- (1 + R) f(p): an e-detector (Shin, Ramdas
 and Rinaldo, arXiv 2203.03532), so that R comes to EVIDENCE after EVIDENCE images in the mean at the earliest while
-nothing has changed. A second one of its
-kind bets on scores that fall; what counts is the mean of both.
+nothing has changed. A second one of its kind bets on scores that fall; what counts is the mean of both.
 """
 
 from __future__ import annotations

@@ -313,12 +313,7 @@ class Participant:
     ) -> CalibrateRequest:
         candidate = await self._download(event.candidate, aggregator)
         base = await self._download(event.memory, aggregator) if event.HasField("memory") else None
-        # As they were when the bank was made: images that have come since may be any, but none of the bank's.
-        outcome = self._state.last()
-        held_out = (await self._present(aggregator)).only(outcome.held_out)
-        if outcome.bank is None or outcome.bank.round != event.round:
-            _log.warning("bank_missing", reason="which images were held out of it is lost, too; nothing is scored")
-            held_out = None
+        held_out = await self._computing.run(self._held_out, await self._present(aggregator), event.round)
         generator = self._load_generator() if method.generator else None
         if method.generator and generator is None:
             _log.warning("generator_missing", reason="the memory generator of this round is lost; nothing is scored")
@@ -330,6 +325,15 @@ class Participant:
         said.federation, said.site = self._settings.federation, self._settings.site
         said.instance, said.round, said.items_sha256 = self._state.instance, event.round, candidate_items(event)
         return said
+
+    def _held_out(self, present: CachedPatches, round_number: int) -> CachedPatches | None:
+        """Those that were held out of the round's bank, as far as they are still there; none that has come since, which
+        would move images of the bank to their side."""
+        outcome = self._state.last()
+        if outcome.round != round_number:
+            _log.warning("held_out_unknown", reason="which images were held out of the bank is lost; nothing is scored")
+            return None
+        return present.only(outcome.held_out)
 
     def _keep(
         self,
@@ -348,7 +352,8 @@ class Participant:
             arrays=self._store(bank_to_wire(update.bank, method.item_type)),
         )
         generator = self._release(update.generator, event.round) if update.generator is not None else None
-        outcome = Outcome(bank, generator, frozenset() if held_out is None else frozenset(held_out.names.values()))
+        names = frozenset() if held_out is None else frozenset(held_out.names.values())
+        outcome = Outcome(bank, generator, event.round, names)
         self._state.put(outcome, event.memory.arrays)
         return outcome
 

@@ -25,11 +25,13 @@ class Outcome:
     Attributes:
         bank: the bank that was made for it; uploaded or not.
         generator: the memory generator that made it.
-        held_out: names of the images that were held out of it.
+        round: its number; 0 before the first one. Known, as the next, where the bank itself is damaged.
+        held_out: names of the images that were held out of the bank.
     """
 
     bank: BankHeader | None = None
     generator: Release | None = None
+    round: int = 0
     held_out: frozenset[str] = frozenset()
 
 
@@ -74,6 +76,7 @@ class EdgeState:
         return Outcome(
             bank if bank.arrays and self._whole(bank.arrays) else None,
             generator if generator.arrays and self._whole(generator.arrays) else None,
+            bank.round,
             frozenset(file.read().decode().split()),
         )
 

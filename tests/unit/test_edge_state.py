@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def outcome(state: EdgeState, round_number: int = 1) -> Outcome:
     return Outcome(
         BankHeader(instance=state.instance, round=round_number, arrays=arrays(state, 2 * round_number)),
         Release(version=round_number, arrays=arrays(state, 2 * round_number + 1)),
+        round_number,
         frozenset({"a" * 64, f"{round_number}" * 64}),
     )
 
@@ -88,9 +90,8 @@ def test_what_is_damaged_of_an_outcome_does_not_take_the_rest_along(tmp_path: Pa
     flip(array_of(tmp_path, list(kept.bank.arrays if damaged == "bank" else kept.generator.arrays)))
     with capture_logs() as logs:
         found = claimed(tmp_path).last()
-    assert found == (
-        Outcome(None, kept.generator, kept.held_out) if damaged == "bank" else Outcome(kept.bank, None, kept.held_out)
-    )
+    left = Outcome(None, kept.generator) if damaged == "bank" else Outcome(kept.bank, None)
+    assert found == dataclasses.replace(left, round=kept.round, held_out=kept.held_out)
     assert [entry["event"] for entry in logs] == ["file_damaged"]
     assert len(list((tmp_path / "arrays" / "quarantine").iterdir())) == 1
 

@@ -69,7 +69,7 @@ def test_what_came_one_after_another_is_on_one_side(count: int, share: float, se
     )  # the first and the last run, and the last one chosen, may be cut
 
 
-@given(st.integers(40, 300), st.integers(0, 3))
+@given(st.integers(90, 300), st.integers(0, 3))
 def test_runs_are_spread_evenly(count: int, seed: int) -> None:
     arrivals = images(count)
     numbers = {arrivals[image] for image in held_out(arrivals, 0.2, seed)}
