@@ -1,0 +1,78 @@
+"""Calls of those whose certificate expires."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc._cython.cygrpc import SSLSessionCacheLRU
+
+from feddymem.client.tls import async_channel_to
+from feddymem.v1.inspection_pb2 import InspectStreamRequest
+from feddymem.v1.release_pb2 import WatchReleasesRequest
+from services.runtime.identity import Role
+from tests.certificates import Authority
+from tests.unit.boundary.serving import (
+    HEALTH,
+    INSPECTION,
+    METHODS,
+    REFLECTION,
+    RELEASES,
+    SECONDS,
+    ended,
+    outcome,
+    served,
+)
+
+SHORT_SECONDS = 3
+STREAMS = {
+    f"{RELEASES}/WatchReleases": WatchReleasesRequest().SerializeToString(),
+    f"{INSPECTION}/InspectStream": InspectStreamRequest(id="1").SerializeToString(),
+    f"{HEALTH}/Watch": b"",
+    REFLECTION: b"",
+}
+
+
+async def test_open_streams_end_when_the_certificate_of_who_calls_expires(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    hub = authority.issue(Role.INFERENCE, "berlin")
+    async with served(tmp_path, hub) as address:
+        short = authority.issue(Role.LINE, "short", days=SHORT_SECONDS / 86_400)
+        async with async_channel_to(address, [], short) as channel:
+            calls = []
+            for method, request in STREAMS.items():
+                rpc: Any = channel.stream_stream(method)
+                call = rpc(timeout=SECONDS)
+                await call.write(request)
+                calls.append(call)
+            unread: Any = channel.stream_stream(f"{INSPECTION}/InspectStream")(timeout=SECONDS)
+            await unread.write(InspectStreamRequest(id="flood").SerializeToString())  # blocked, because nobody reads
+            ends = await asyncio.gather(*(ended(call) for call in calls))
+            expired = (grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired; renew it and connect again")
+            assert ends == [expired] * len(STREAMS)
+            assert await ended(unread) == expired
+            for method in METHODS:  # on the connection that is still open
+                assert (await outcome(channel, method, b""))[:2] == expired
+
+
+async def test_who_resumes_a_tls_session_with_an_expired_certificate_gets_nothing(tmp_path: Path) -> None:
+    """The server takes the session up without another look at the certificate; or there is no session, where the last
+    connection ended before its ticket had come, and then no connection either."""
+    authority = Authority(tmp_path / "authority")
+    hub = authority.issue(Role.INFERENCE, "berlin")
+    options = [("grpc.ssl_session_cache", SSLSessionCacheLRU(1)), ("grpc.use_local_subchannel_pool", 1)]
+    async with served(tmp_path, hub) as address:
+        short = authority.issue(Role.LINE, "short", days=SHORT_SECONDS / 86_400)
+        async with asyncio.timeout(SECONDS):
+            while True:
+                async with async_channel_to(address, options, short) as channel:
+                    check: Any = channel.unary_stream(f"{HEALTH}/Check")
+                    code, details = await ended(check(b"", timeout=SECONDS))
+                if code is not grpc.StatusCode.OK:
+                    break
+    assert (code, details) in [
+        (grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired; renew it and connect again"),
+        (grpc.StatusCode.UNAVAILABLE, details),
+    ]
