@@ -184,14 +184,14 @@ def _means_of_others(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _allowed(rate: float, images: int) -> int:
     """How many of so many normal images may be at least as high as an anomalous one; below 0 where the rate cannot be
-    guaranteed, because even the highest p-value is above it."""
-    return math.floor(rate * (images + 1) + 1e-9) - 1
+    guaranteed, because even the highest p-value is above it. Of a rate near 1 not quite all; of no images, below 0."""
+    return min(math.floor(rate * (images + 1) + 1e-9), images) - 1
 
 
 def _limit(
     reference: NDArray[np.float64], rate: float, basis: Basis, scale: float = 1.0, scale_error: float = 0.0
 ) -> Limit:
-    allowed = min(max(0, _allowed(rate, len(reference))), len(reference) - 1)  # of a rate near 1, not quite all
+    allowed = max(0, _allowed(rate, len(reference)))
     highest = scale * float(reference[len(reference) - 1 - allowed])
     threshold = np.float32(highest)
     if float(threshold) <= highest:  # p falls to the rate above this value, not at it

@@ -131,8 +131,16 @@ def test_alone_a_site_with_few_images_rests_on_them_and_says_what_they_can_guara
 
 
 def test_without_held_out_images_there_is_no_limit() -> None:
-    assert normals([]).limit("0", 0.05) is None
-    assert normals([[], []]).limit("0", 0.05) is None
+    for rate in (0.05, 1 - 1e-9):
+        assert normals([]).limit("0", rate) is None
+        assert normals([[], []]).limit("0", rate) is None
+
+
+@pytest.mark.parametrize(("own", "images"), [([], 3), ([2.0], 1)])
+def test_at_a_rate_near_1_nearly_all_of_what_there_is_counts(own: list[float], images: int) -> None:
+    """1e-9 below 1 is within the rounding of a rate."""
+    found = limit([own, [1.0, 3, 5]], 1 - 1e-9)
+    assert (found.images, found.rate) == (images, images / (images + 1))
 
 
 def test_one_image() -> None:
