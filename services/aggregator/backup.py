@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from services.aggregator.state import BANKS, DATABASE, RELEASES, State
+from services.aggregator.database import DATABASE
+from services.aggregator.state import BANKS, RELEASES, State
 from services.runtime.array_store import ArrayStore
 from services.runtime.files import make_folder, sync_folder
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,48 +11,14 @@ from feddymem.v1.feature_space_pb2 import FeatureSpace
 from feddymem.v1.federation_pb2 import BankHeader, CalibrateRequest
 from feddymem.v1.operator_pb2 import STANDING_JUDGED, ReleaseCheck, Standing
 from feddymem.v1.release_pb2 import Release
+from services.aggregator.database import Database
 
-DATABASE = "aggregator.sqlite3"
 RELEASES = "releases"
 """Folder of the arrays of all releases, beside the database."""
 BANKS = "banks"
 """Folder of a folder for each federation, with a folder for each site, with the arrays of its bank."""
-_VERSION = 4
 _BANKS_SHOWN = 100
 """Of a site in the status of a federation, which thousand sites may have after thousands of rounds."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS federation (name TEXT PRIMARY KEY, feature_space BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS site (
-    federation TEXT, name TEXT, instance TEXT NOT NULL, images INTEGER NOT NULL, PRIMARY KEY (federation, name)
-);
-CREATE TABLE IF NOT EXISTS standing (
-    federation TEXT, site TEXT, standing INTEGER NOT NULL, PRIMARY KEY (federation, site)
-);
-CREATE TABLE IF NOT EXISTS round (
-    federation TEXT, number INTEGER, opened REAL NOT NULL, base INTEGER NOT NULL, PRIMARY KEY (federation, number)
-);
-CREATE TABLE IF NOT EXISTS bank (
-    federation TEXT, round INTEGER, site TEXT, header BLOB NOT NULL, received_bytes INTEGER NOT NULL,
-    quarantine TEXT NOT NULL DEFAULT '', PRIMARY KEY (federation, round, site)
-);
-CREATE TABLE IF NOT EXISTS release (
-    federation TEXT, version INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version)
-);
-CREATE TABLE IF NOT EXISTS candidate (
-    federation TEXT, round INTEGER, message BLOB NOT NULL, inputs BLOB NOT NULL, made REAL NOT NULL,
-    PRIMARY KEY (federation, round)
-);
-CREATE TABLE IF NOT EXISTS calibration (
-    federation TEXT, round INTEGER, site TEXT, message BLOB NOT NULL, PRIMARY KEY (federation, round, site)
-);
-CREATE TABLE IF NOT EXISTS release_check (
-    federation TEXT, version INTEGER, number INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version, number)
-);
-CREATE TABLE IF NOT EXISTS origin (federation TEXT, number INTEGER, site TEXT, PRIMARY KEY (federation, number));
-CREATE TABLE IF NOT EXISTS removed (federation TEXT, site TEXT, PRIMARY KEY (federation, site));
-CREATE TABLE IF NOT EXISTS held (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS shadow (federation TEXT PRIMARY KEY, version INTEGER NOT NULL);
-"""
 
 
 @dataclass(frozen=True)
@@ -123,21 +87,7 @@ class State:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(folder / DATABASE, isolation_level=None, check_same_thread=False)
-        self._check_version(folder)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
-
-    def _check_version(self, folder: Path) -> None:
-        [version] = self._db.execute("PRAGMA user_version").fetchone()
-        [tables] = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if tables and version != _VERSION:
-            raise ValueError(
-                f"state_dir: {folder} holds state of form {version}, this version needs form {_VERSION}; give an empty "
-                "folder, and edge clients and inference services too"
-            )
+        self._db = Database(folder)
 
     def close(self) -> None:
         """Closes the database."""
@@ -175,7 +125,7 @@ class State:
 
     def put_site(self, federation: str, site: Site) -> None:
         """A site has joined, or joined again."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO site VALUES (?, ?, ?, ?)", (federation, site.name, site.instance, site.images)
             )
@@ -183,7 +133,7 @@ class State:
 
     def remove_site(self, federation: str, site: str, round_number: int) -> None:
         """A site has not joined any more, and its bank of a round was never there."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute("INSERT OR REPLACE INTO removed VALUES (?, ?)", (federation, site))
             self._db.execute("DELETE FROM site WHERE federation = ? AND name = ?", (federation, site))
             self._db.execute(
@@ -270,7 +220,7 @@ class State:
         """A bank is accepted for its round from now on."""
         header = bank.header
         values = header.SerializeToString(deterministic=True), bank.received_bytes
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
                 "INSERT INTO bank (federation, round, site, header, received_bytes) VALUES (?, ?, ?, ?, ?)",
                 (header.federation, header.round, header.site, *values),
@@ -290,7 +240,7 @@ class State:
 
     def set_quarantine(self, federation: str, number: int, reasons: Mapping[str, str]) -> None:
         """Of a round's banks, those of these sites do not count, for these reasons; the others do."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute("UPDATE bank SET quarantine = '' WHERE federation = ? AND round = ?", (federation, number))
             self._db.executemany(
                 "UPDATE bank SET quarantine = ? WHERE federation = ? AND round = ? AND site = ?",
@@ -321,7 +271,7 @@ class State:
             for site, said in self.calibrations(*place).items()
             if said.items_sha256 != release.arrays[0].sha256
         ]
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO candidate VALUES (?, ?, ?, ?, ?)",
                 (*place, release.SerializeToString(deterministic=True), candidate.inputs, candidate.made),
@@ -383,7 +333,7 @@ class State:
             origins: sites by their origin in it; none may have another origin than before.
             checks: what came of its checks.
         """
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
                 "INSERT INTO release VALUES (?, ?, ?)",
                 (release.federation, release.version, release.SerializeToString(deterministic=True)),
@@ -407,7 +357,7 @@ class State:
 
     def prune_release(self, federation: str, version: int) -> None:
         """A release cannot be had any more."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute("DELETE FROM release WHERE federation = ? AND version = ?", (federation, version))
             self._db.execute("DELETE FROM release_check WHERE federation = ? AND version = ?", (federation, version))
             self._db.execute("DELETE FROM calibration WHERE federation = ? AND round = ?", (federation, version))
@@ -429,15 +379,3 @@ class State:
     def set_shadow(self, federation: str, version: int) -> None:
         """A release scores in the shadow; 0: none does any more."""
         self._db.execute("INSERT OR REPLACE INTO shadow VALUES (?, ?)", (federation, version))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All of the block, or nothing of it."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # SQLite itself takes back what found the disk full
-                self._db.execute("ROLLBACK")
-            raise

@@ -22,7 +22,7 @@ from services.demo.processes import Fleet, RunningService
 from tests.chaos.federation import SETTINGS, SITES, Trial, write_images
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.test_aggregator import current_release, download, refused
+from tests.integration.speaking import current_release, download, refused
 from tests.integration.test_operator import METHOD, activate, arrays, feddymem, joined, operate, status
 
 CALIBRATED = METHOD | {"hold_out_share": 0.2}

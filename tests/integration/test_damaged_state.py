@@ -10,7 +10,7 @@ from feddymem.v1.federation_pb2 import PHASE_OPEN, GlobalMemory
 from services.demo.processes import Fleet, RunningService
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import make_bank
-from tests.integration.test_aggregator import current_release, refused
+from tests.integration.speaking import current_release, refused
 from tests.integration.test_operator import METHOD, activate, joined, memory_of, operate, play, status
 
 

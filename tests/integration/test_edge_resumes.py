@@ -12,7 +12,8 @@ import pytest
 
 from feddymem.v1.operator_pb2 import RemoveSiteRequest
 from feddymem.v1.operator_pb2_grpc import OperatorServiceStub
-from services.aggregator.state import BANKS, DATABASE
+from services.aggregator.database import DATABASE
+from services.aggregator.state import BANKS
 from tests.chaos.federation import ROUNDS, SITES, Outcome, Trial, wait, write_images
 from tests.chaos.kill_at import KillPoint
 

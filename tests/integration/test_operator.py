@@ -20,13 +20,13 @@ from feddymem.memory import MemoryBank
 from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, FederationStatus, GlobalMemory
 from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED, STANDING_JUDGED
 from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
-from services.aggregator.state import DATABASE
+from services.aggregator.database import DATABASE
 from services.cli.status import get_status
 from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_from_wire, bank_to_wire
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.test_aggregator import current_release, download, refused
+from tests.integration.speaking import current_release, download, refused
 
 METHOD = {"bank_items": 30, "memory_items": 100, "rounds": 9, "item_type": "float16", "hold_out_share": 0}
 

@@ -10,7 +10,7 @@ from feddymem.v1.federation_pb2 import PHASE_OPEN
 from services.demo.processes import Fleet, RunningService
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import FakeSite, make_bank
-from tests.integration.test_aggregator import current_release
+from tests.integration.speaking import current_release
 from tests.integration.test_operator import feddymem, joined, operate, status
 
 METHOD = {"bank_items": 30, "memory_items": 200, "rounds": 9, "item_type": "float16", "hold_out_share": 0}

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol's adapter: what a request's tensors become, and what results become."""
