@@ -7,10 +7,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 
+from feddymem.k_means import Clusters, k_means
 from feddymem.memory import MemoryBank
 from feddymem.memory_reduce import greedy_cover
 
@@ -80,32 +80,22 @@ def _fair(pool: MemoryBank, count: int, seed: int, weighted: bool) -> MemoryBank
 def _k_means(pool: MemoryBank, count: int, seed: int, weighted: bool) -> Aggregation:
     if len(pool) <= count:
         return Aggregation(memory=pool, iterations=0, inertia=0.0)
-    kmeans = faiss.Kmeans(
-        pool.channels,
-        count,
-        niter=_ITERATIONS,
-        seed=seed % 2**31,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(pool),
+    start = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]  # fewer, of fewer distinct items
+    weights = pool.patches.astype(np.float32) if weighted else None
+    clusters = k_means(pool.items, start, _ITERATIONS, seed, weights)
+    return Aggregation(memory=_merge(pool, clusters), iterations=_ITERATIONS, inertia=float(clusters.squared.sum()))
+
+
+def _merge(pool: MemoryBank, clusters: Clusters) -> MemoryBank:
+    cells, count = clusters.cells, len(clusters.centroids)
+    patches = np.bincount(cells, pool.patches, minlength=count)
+    scatter = np.bincount(
+        cells, pool.patches * (pool.spreads.astype(np.float64) ** 2 + clusters.squared), minlength=count
     )
-    seeds = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]
-    if len(seeds) < count:  # fewer distinct items than wanted
-        kmeans.k = len(seeds)
-    kmeans.train(pool.items, weights=pool.patches.astype(np.float32) if weighted else None, init_centroids=seeds)
-    memory, inertia = _merge(pool, kmeans)
-    return Aggregation(memory=memory, iterations=_ITERATIONS, inertia=inertia)
-
-
-def _merge(pool: MemoryBank, kmeans: faiss.Kmeans) -> tuple[MemoryBank, float]:
-    squared, cells = kmeans.index.search(pool.items, 1)
-    squared, cells = np.maximum(squared[:, 0], 0).astype(np.float64), cells[:, 0]
-    patches = np.bincount(cells, pool.patches, minlength=kmeans.k)
-    scatter = np.bincount(cells, pool.patches * (pool.spreads.astype(np.float64) ** 2 + squared), minlength=kmeans.k)
-    weights = np.stack([np.bincount(cells, origin, minlength=kmeans.k) for origin in pool.weights.T], axis=1)
+    weights = np.stack([np.bincount(cells, origin, minlength=count) for origin in pool.weights.T], axis=1)
     used = patches > 0
-    memory = MemoryBank(
-        items=np.asarray(kmeans.centroids)[used],
+    return MemoryBank(
+        items=clusters.centroids[used],
         weights=weights[used].astype(np.float32),
         spreads=np.sqrt(scatter[used] / patches[used]).astype(np.float32),
     )
-    return memory, float(squared.sum())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 
 import cv2
-import faiss
 import joblib
 import torch
+
+from feddymem import k_means
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Names of glibc's mallopt(3)."""
@@ -24,7 +25,7 @@ def configure_hardware(threads: int | None) -> None:
     _keep_freed_memory()
     count = threads or joblib.cpu_count()
     torch.set_num_threads(count)
-    faiss.omp_set_num_threads(count)
+    k_means.set_threads(count)
     cv2.setNumThreads(1)
 
 
