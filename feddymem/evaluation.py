@@ -74,8 +74,8 @@ def detect(
     """All figures of one site's test images.
 
     Pixels are counted in histograms, so that memory does not grow with the images: two anomalies closer than
-    1 / 262,144 of the range of all maps may count as equal. That moves a pixel figure by at most the share of
-    (normal, defect) pairs so close.
+    1 / 262,144 of the range of all maps may count as equal. That moves the pixel AUROC by at most the share of
+    (normal, defect) pairs so close, and AUPRO, where regions weigh alike, by as much of a region's pairs.
 
     Args:
         labels: (n,) True for defect.

@@ -1,4 +1,4 @@
-"""K-means by faiss, the only module that loads it."""
+"""K-means by faiss, the only module that loads it: after torch, whose OpenMP it then shares."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# faiss's wheels bring OpenBLAS 0.3.15 (of 2021), which takes many a processor made since for the oldest that it knows,
-# and then multiplies at a fourth of the speed (Xeon of 2023). It reads this when it is loaded.
+# faiss's wheels bring OpenBLAS 0.3.15 (of 2021), which takes many an Intel processor made since for one of 2004, and
+# multiplies at a fourth of the speed (Xeon of 2023). It reads this when it is loaded.
 _KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
 if (_capability := torch.backends.cpu.get_cpu_capability()) in _KERNELS:
     os.environ.setdefault("OPENBLAS_CORETYPE", _KERNELS[_capability])
@@ -43,12 +43,14 @@ def k_means(
     """Clusters items, by all of them in every iteration.
 
     Args:
-        items: (items, channels).
-        start: (clusters, channels), what centroids begin as; no more than there are items.
-        iterations: how many.
+        items: (items, channels) float32.
+        start: (clusters, channels) float32, what centroids begin as; no more than there are items.
+        iterations: number of them.
         seed: of faiss, which splits a cluster at random where another one has become empty.
-        weights: (items,), how often each item counts; None for once.
+        weights: (items,) float32, how often each item counts; None for once.
     """
+    # Counts in the thread that sets it only; any other has all cores, whatever a container's limit is.
+    faiss.omp_set_num_threads(torch.get_num_threads())
     clustering = faiss.Kmeans(
         items.shape[1],
         len(start),
@@ -64,8 +66,3 @@ def k_means(
         cells=cells[:, 0],
         squared=np.maximum(squared[:, 0], 0).astype(np.float64),
     )
-
-
-def set_threads(count: int) -> None:
-    """Sets how many threads k-means has, for the whole process."""
-    faiss.omp_set_num_threads(count)

@@ -8,8 +8,6 @@ import cv2
 import joblib
 import torch
 
-from feddymem import k_means
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Names of glibc's mallopt(3)."""
 _KEPT_BYTES = 2**30
@@ -19,13 +17,12 @@ def configure_hardware(threads: int | None) -> None:
     """Sets threads and memory for a process that computes.
 
     Args:
-        threads: of torch and faiss; None for the cores that this process may use (a container's CPU limit counts).
-            OpenCV has one: images are decoded and drawn in threads of ours, and its own spin while they wait for work.
+        threads: of torch, and of k-means with it; None for the cores that this process may use (a container's CPU
+            limit counts). OpenCV has one: images are decoded and drawn in threads of ours, and its own spin while they wait for work.
     """
     _keep_freed_memory()
     count = threads or joblib.cpu_count()
     torch.set_num_threads(count)
-    k_means.set_threads(count)
     cv2.setNumThreads(1)
 
 

@@ -28,6 +28,7 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsRequest,
     WatchRoundsResponse,
 )
+from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from services.runtime.arrays import WireArray, bank_to_wire, chunks
 from services.runtime.messages import candidate_items, feature_space_to_message, site_calibration_to_message
 from tests.feature_spaces import SPACE
@@ -91,6 +92,20 @@ class FakeSite:
                 events.cancel()
                 return event
         raise AssertionError("the stream of rounds ended")
+
+    def current_release(self) -> Release:
+        """The active release."""
+        stream = self.releases.WatchReleases(
+            WatchReleasesRequest(federations=[self.federation]), timeout=TIMEOUT_SECONDS
+        )
+        release = next(stream).release
+        stream.cancel()
+        return release
+
+    def download(self, sha256: bytes, offset: int = 0) -> bytes:
+        """An array's bytes from an offset on."""
+        request = DownloadArrayRequest(sha256=sha256, offset=offset)
+        return b"".join(r.chunk.data for r in self.releases.DownloadArray(request, timeout=TIMEOUT_SECONDS))
 
     def header(self, arrays: Iterable[WireArray], round_number: int = 1) -> BankHeader:
         """The header of a bank with these arrays."""

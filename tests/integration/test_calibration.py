@@ -22,7 +22,7 @@ from services.demo.processes import Fleet, RunningService
 from tests.chaos.federation import SETTINGS, SITES, Trial, write_images
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.speaking import current_release, download, refused
+from tests.integration.refusals import refused
 from tests.integration.test_operator import METHOD, activate, arrays, feddymem, joined, operate, status
 
 CALIBRATED = METHOD | {"hold_out_share": 0.2}
@@ -57,13 +57,13 @@ def test_a_candidate_can_be_had_by_its_sites_before_it_is_a_release(start_aggreg
         event = a.wait_for(PHASE_CALIBRATING, 1)
         assert event.waits_for == "calibrations of 2 more sites"
         assert (event.candidate.version, event.HasField("memory")) == (1, False)
-        assert all(len(download(a, array.sha256)) == array.size_bytes for array in event.candidate.arrays)
+        assert all(len(a.download(array.sha256)) == array.size_bytes for array in event.candidate.arrays)
         code, text = refused(lambda: a.upload(make_bank(3)))
         assert (code, "round 1 is calibrating" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
         a.calibrate(SCORES)
         b.calibrate([])
         assert b.wait_for(PHASE_OPEN, 2).memory == event.candidate
-        release = current_release(a)
+        release = a.current_release()
     assert sum(sum(site.calibration.scores.counts) for site in release.calibration.sites) == len(SCORES)
     assert [site.held_out_images for site in status(running).sites] == [len(SCORES), 0]
 
@@ -77,7 +77,7 @@ def test_a_release_that_fails_a_check_is_kept_and_an_operator_may_activate_it(
         play([a, b], 1)
         play([a, b], 2, worse=1.2)
         assert a.wait_for(PHASE_OPEN, 3).memory.version == 1
-        assert current_release(a).version == 1
+        assert a.current_release().version == 1
         now = status(running)
         assert (now.release, list(now.releases)) == (1, [1, 2])
         [failed] = now.failed_releases
@@ -168,7 +168,7 @@ def test_a_backup_has_the_candidate_and_what_was_said_of_it(
         b.instance = instance
         b.calibrate(SCORES)
         b.wait_for(PHASE_OPEN, 2)
-        assert len(current_release(b).calibration.sites) == 2
+        assert len(b.current_release().calibration.sites) == 2
 
 
 def details(trial: Trial, version: int) -> GetReleaseResponse:
@@ -214,7 +214,7 @@ def test_a_candidate_stays_at_its_sites_as_what_the_next_round_starts_from(
     assert len(sent) == 2
     kept = {path.name for path in (trial.fleet.state(SITES[0]) / "arrays").iterdir() if path.is_file()}
     with grpc.insecure_channel(trial.fleet.address("aggregator")) as channel:
-        last = current_release(FakeSite(channel, SITES[0]))
+        last = FakeSite(channel, SITES[0]).current_release()
     assert {array.sha256.hex() for array in last.arrays} <= kept
 
 

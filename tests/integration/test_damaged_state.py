@@ -10,7 +10,7 @@ from feddymem.v1.federation_pb2 import PHASE_OPEN, GlobalMemory
 from services.demo.processes import Fleet, RunningService
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import make_bank
-from tests.integration.speaking import current_release, refused
+from tests.integration.refusals import refused
 from tests.integration.test_operator import METHOD, activate, joined, memory_of, operate, play, status
 
 
@@ -38,7 +38,7 @@ def test_a_bank_that_was_damaged_is_asked_for_again(start_aggregator: StartAggre
         a.join()
         assert a.upload(make_bank(1))[-1].HasField("accepted")
         a.wait_for(PHASE_OPEN, 2)
-        assert current_release(a).provenance.sites == 2
+        assert a.current_release().provenance.sites == 2
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -67,7 +67,7 @@ def test_a_round_whose_base_was_damaged_starts_from_the_release_that_an_operator
         sites[0].wait_for(PHASE_OPEN, 4)
         assert activate(running, "newest") == (0, "release 3 of parts is active; before: 1\n")
         assert (
-            len(memory_of(sites[0], GlobalMemory(arrays=current_release(sites[0]).arrays))) == 80
+            len(memory_of(sites[0], GlobalMemory(arrays=sites[0].current_release().arrays))) == 80
         )  # release 1 and two banks
 
 

@@ -36,7 +36,7 @@ from feddymem.v1.inspection_pb2 import (
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
 from services.runtime.arrays import bank_from_wire
 from tests.integration.conftest import TIMEOUT_SECONDS, System, published
-from tests.integration.speaking import refused
+from tests.integration.refusals import refused
 
 
 @pytest.fixture(scope="module")

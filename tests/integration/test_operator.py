@@ -26,7 +26,7 @@ from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_from_wire, bank_to_wire
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.speaking import current_release, download, refused
+from tests.integration.refusals import refused
 
 METHOD = {"bank_items": 30, "memory_items": 100, "rounds": 9, "item_type": "float16", "hold_out_share": 0}
 
@@ -72,7 +72,7 @@ def play(sites: list[FakeSite], round_number: int) -> GlobalMemory:
 
 
 def memory_of(site: FakeSite, memory: GlobalMemory) -> MemoryBank:
-    return bank_from_wire((array, download(site, array.sha256)) for array in memory.arrays)
+    return bank_from_wire((array, site.download(array.sha256)) for array in memory.arrays)
 
 
 def test_a_release_is_rolled_back_and_the_next_round_starts_from_it(start_aggregator: StartAggregator) -> None:
@@ -184,7 +184,7 @@ def test_a_rollback_and_what_was_said_of_sites_outlive_a_kill(fleet: Fleet, star
     assert (now.release, now.release_held, list(now.releases)) == (1, True, [1, 2])
     assert [site.standing for site in now.sites] == [STANDING_JUDGED, STANDING_ADMITTED]
     with joined(running, "a") as [site]:
-        assert current_release(site).version == 1
+        assert site.current_release().version == 1
         assert refused(FakeSite(site.channel, "c").join)[0] is grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -255,7 +255,7 @@ def test_a_bank_of_a_site_that_was_removed_does_not_count(start_aggregator: Star
 
 def current_release_when(site: FakeSite, version: int) -> Release:
     site.wait_for(PHASE_OPEN, version + 1)
-    return current_release(site)
+    return site.current_release()
 
 
 def test_a_round_waits_for_who_has_gone_only_so_long(start_aggregator: StartAggregator) -> None:
@@ -302,7 +302,7 @@ def test_old_releases_go_and_what_is_active_stays(fleet: Fleet, start_aggregator
         assert list(status(running).releases) == [1, 4, 5]
         assert len(arrays(running, "releases")) == 9
         assert arrays(running, "banks") == set()
-        assert len(current_release(sites[0]).arrays) == 3
+        assert len(sites[0].current_release().arrays) == 3
     fleet.kill("aggregator")
     leftover = running.log.parent / "state" / "releases" / ("0" * 64)
     leftover.write_bytes(b"of a release that was never made")
@@ -319,7 +319,7 @@ def test_another_site_s_bank_cannot_be_referred_to_nor_read(start_aggregator: St
         a.wait_for(PHASE_OPEN, 1)
         a.upload(bank)
         for array in sent:
-            assert refused(lambda array=array: download(thief, array.manifest.sha256))[0] is grpc.StatusCode.NOT_FOUND  # type: ignore[misc]
+            assert refused(lambda array=array: thief.download(array.manifest.sha256))[0] is grpc.StatusCode.NOT_FOUND  # type: ignore[misc]
         code, said = refused(lambda: thief.send(thief.header(sent), []))
         assert (code, "items" in said) == (grpc.StatusCode.UNAVAILABLE, True)
         assert [site.last_round for site in status(running).sites] == [1, 0, 0]

@@ -10,7 +10,6 @@ from feddymem.v1.federation_pb2 import PHASE_OPEN
 from services.demo.processes import Fleet, RunningService
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import FakeSite, make_bank
-from tests.integration.speaking import current_release
 from tests.integration.test_operator import feddymem, joined, operate, status
 
 METHOD = {"bank_items": 30, "memory_items": 200, "rounds": 9, "item_type": "float16", "hold_out_share": 0}
@@ -44,7 +43,7 @@ def test_an_outlying_bank_is_left_out_until_the_operator_admits_it(start_aggrega
     with joined(running, *NAMES) as sites:
         send(sites, 1, liar="c")
         assert sites[0].wait_for(PHASE_OPEN, 2).memory.version == 1
-        made = current_release(sites[0]).provenance
+        made = sites[0].current_release().provenance
         assert (made.sites, made.quarantined, made.items) == (3, 1, 60)
         reasons = {site.site: site.quarantine for site in status(running).sites}
         assert "outlying is more than 3 times" in reasons.pop("c")
@@ -55,7 +54,7 @@ def test_an_outlying_bank_is_left_out_until_the_operator_admits_it(start_aggrega
         assert operate(running, "admit", "c")[0] == 0
         send(sites, 2, liar="c")
         sites[0].wait_for(PHASE_OPEN, 3)
-        made = current_release(sites[0]).provenance
+        made = sites[0].current_release().provenance
         assert (made.sites, made.quarantined) == (4, 0)
 
 
@@ -74,7 +73,7 @@ def test_a_quorum_of_honest_banks_is_waited_for_over_a_kill(fleet: Fleet, start_
     with joined(running, "d") as [site]:
         assert site.upload(make_bank(7), 1)[-1].HasField("accepted")
         assert site.wait_for(PHASE_OPEN, 2).memory.version == 1
-        made = current_release(site).provenance
+        made = site.current_release().provenance
         assert (made.sites, made.quarantined) == (3, 1)
 
 
@@ -87,7 +86,7 @@ def test_who_is_admitted_while_a_round_waits_completes_it(start_aggregator: Star
                 break
         assert operate(running, "admit", "b")[0] == 0
         assert sites[0].wait_for(PHASE_OPEN, 2).memory.version == 1
-        assert current_release(sites[0]).provenance.sites == 3
+        assert sites[0].current_release().provenance.sites == 3
 
 
 def test_two_sites_are_no_majority(start_aggregator: StartAggregator) -> None:
@@ -95,4 +94,4 @@ def test_two_sites_are_no_majority(start_aggregator: StartAggregator) -> None:
     with joined(running, "a", "b") as sites:
         send(sites, 1, liar="b")
         sites[0].wait_for(PHASE_OPEN, 2)
-        assert current_release(sites[0]).provenance.sites == 2
+        assert sites[0].current_release().provenance.sites == 2

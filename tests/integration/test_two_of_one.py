@@ -17,7 +17,7 @@ from services.cli.exit_codes import FAILED
 from services.runtime.arrays import bank_to_wire
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, make_bank
-from tests.integration.speaking import refused
+from tests.integration.refusals import refused
 from tests.integration.test_operator import METHOD, joined
 
 

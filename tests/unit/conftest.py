@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import hypothesis
 import pytest
 
@@ -11,9 +9,9 @@ from feddymem.backbone import FeatureExtractor, load_extractor
 
 # The same examples on every run and machine, and no file left behind.
 hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, database=None, max_examples=60)
-# Others on each run, and many, where HYPOTHESIS_PROFILE asks for it; not in CI.
-hypothesis.settings.register_profile("explore", deadline=None, max_examples=5000)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
+# Others on each run, and many, with --hypothesis-profile explore; not in CI.
+hypothesis.settings.register_profile("explore", deadline=None, database=None, max_examples=5000)
+hypothesis.settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ METHOD = {
     "item_type": "float16",
     "hold_out_share": 0,
 }
-FEDERATIONS = [f"parts-{number:02}" for number in range(21)]
+FEDERATIONS = [f"parts-{number:02}" for number in range(15)]
+"""No fewer than any file has tests that take one."""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from feddymem.v1.array_pb2 import DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32
 from feddymem.v1.federation_pb2 import UploadBankRequest
 from services.runtime.arrays import WireArray, bank_to_wire, chunks, encode
 from tests.integration.fake_site import FakeSite, make_bank
-from tests.integration.speaking import download, refused
+from tests.integration.refusals import refused
 
 
 def broken(name: str, value: float) -> list[WireArray]:
@@ -48,7 +48,7 @@ def test_values_that_no_honest_site_makes_are_refused_and_nothing_is_kept(
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert said in text
     [damaged] = [array.manifest.sha256 for array in arrays if array.manifest.name == name]
-    assert refused(lambda: download(sites[0], damaged))[0] == grpc.StatusCode.NOT_FOUND
+    assert refused(lambda: sites[0].download(damaged))[0] == grpc.StatusCode.NOT_FOUND
     assert sites[0].upload(make_bank())[-1].HasField("accepted")
 
 

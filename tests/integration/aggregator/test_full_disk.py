@@ -14,7 +14,7 @@ from services.runtime.arrays import bank_to_wire
 from tests.integration.aggregator.conftest import METHOD
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.speaking import current_release, refused
+from tests.integration.refusals import refused
 
 
 def full_disk_for(running: RunningService, store: str, sha256: bytes) -> Path:
@@ -57,7 +57,7 @@ def test_a_release_that_does_not_fit_on_the_disk_is_made_when_it_does(
                 assert site.upload(make_bank(seed))[-1].HasField("accepted")
             meanwhile()
             sites[0].wait_for(PHASE_OPEN, 2)
-            return current_release(sites[0])
+            return sites[0].current_release()
 
     settings = {"sites": ["a", "b"], "method": METHOD}
     expected = release_of(start_aggregator("roomy", **settings), lambda: None)

@@ -14,7 +14,7 @@ from tests.feature_spaces import SPACE
 from tests.integration.aggregator.conftest import METHOD
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.speaking import refused
+from tests.integration.refusals import refused
 
 
 def test_unknown_federation_and_unlisted_site_are_refused_by_name(channel: grpc.Channel, federation: str) -> None:

@@ -17,7 +17,7 @@ from tests.feature_spaces import SPACE
 from tests.integration.aggregator.conftest import METHOD
 from tests.integration.conftest import StartAggregator
 from tests.integration.fake_site import TIMEOUT_SECONDS, FakeSite, make_bank
-from tests.integration.speaking import current_release, download, refused
+from tests.integration.refusals import refused
 
 
 def test_two_sites_get_one_global_memory_that_is_the_library_s(sites: tuple[FakeSite, FakeSite]) -> None:
@@ -26,14 +26,14 @@ def test_two_sites_get_one_global_memory_that_is_the_library_s(sites: tuple[Fake
         assert site.upload(bank)[-1].HasField("accepted")
     event = sites[0].wait_for(PHASE_OPEN, 2)
 
-    arrived = bank_from_wire((array, download(sites[0], array.sha256)) for array in event.memory.arrays)
+    arrived = bank_from_wire((array, sites[0].download(array.sha256)) for array in event.memory.arrays)
 
     sent = [bank_from_wire((w.manifest, w.data) for w in bank_to_wire(bank, "float16")) for bank in banks]
     expected = aggregate([bank.placed(number, 2) for number, bank in enumerate(sent)], 32).memory
     assert event.memory.version == 1
     np.testing.assert_allclose(arrived.items, expected.items, atol=2e-3)
     np.testing.assert_array_equal(arrived.weights, expected.weights)
-    release = current_release(sites[0])
+    release = sites[0].current_release()
     assert (release.version, release.needs_generator, release.provenance.sites) == (1, True, 2)
     assert release.feature_space.fingerprint == SPACE.fingerprint
 
@@ -83,7 +83,7 @@ def test_a_site_that_comes_late_is_an_origin_behind_those_known(start_aggregator
         a.wait_for(PHASE_OPEN, 2)
         a.upload(late, 2)
         arrays = a.wait_for(PHASE_DONE, 2).memory.arrays
-        memory = bank_from_wire((array, download(a, array.sha256)) for array in arrays)
+        memory = bank_from_wire((array, a.download(array.sha256)) for array in arrays)
     np.testing.assert_array_equal(memory.weights[: len(early)], early.placed(0, 2).weights)
     np.testing.assert_array_equal(memory.weights[len(early) :], late.placed(1, 2).weights)
 
@@ -100,9 +100,7 @@ def test_a_deadline_without_a_quorum_does_not_close_the_round(start_aggregator: 
         b.wait_for(PHASE_OPEN, 2)
 
 
-def test_killed_and_restarted_the_round_goes_on_where_it_was(
-    fleet: Fleet, start_aggregator: StartAggregator, tmp_path: Any
-) -> None:
+def test_killed_and_restarted_the_round_goes_on_where_it_was(fleet: Fleet, start_aggregator: StartAggregator) -> None:
     running = start_aggregator(quorum=2, sites=["a", "b"], method=METHOD)
     with grpc.insecure_channel(running.grpc) as channel:
         a = FakeSite(channel, "a")
@@ -134,6 +132,6 @@ def test_several_federations_do_not_mix(fleet: Fleet, tmp_path: Any) -> None:
             site.wait_for(PHASE_OPEN, 1)
         parts.upload(make_bank(1), item_type="uint8")
         parts.wait_for(PHASE_DONE, 1)
-        assert not current_release(parts).needs_generator
+        assert not parts.current_release().needs_generator
         status = scans.rounds.GetStatus(GetStatusRequest(federation="scans"), timeout=TIMEOUT_SECONDS).federations[0]
         assert (status.phase, status.release) == (PHASE_OPEN, 0)

@@ -9,11 +9,15 @@ import grpc
 import pytest
 
 from feddymem.images import ImageError
-from feddymem.openinference.open_inference_pb2 import InferParameter, ModelMetadataRequest, ModelReadyRequest
+from feddymem.openinference.open_inference_pb2 import (
+    InferParameter,
+    ModelMetadataRequest,
+    ModelReadyRequest,
+)
 from services.inference.open_inference import OpenInferenceServicer
 from services.runtime.errors import Refusal
 from tests.unit.open_inference.fakes import CONTEXT, FakeInspector
-from tests.unit.open_inference.requests import encoded, outputs
+from tests.unit.open_inference.requests import arrays, encoded, outputs
 
 
 @pytest.mark.parametrize(
@@ -62,3 +66,23 @@ async def test_one_bad_image_refuses_its_request_and_is_named_and_the_others_are
         await servicer.ModelInfer(encoded(b"\1", b"broken", b"\xff"), CONTEXT)
     await asyncio.sleep(0)
     assert inspector.cancelled == 1
+
+
+async def test_maps_that_do_not_fit_into_a_response_are_refused_before_anything_is_computed(
+    servicer: OpenInferenceServicer, inspector: FakeInspector
+) -> None:
+    """A map of 2048 x 2048 has 16 MiB."""
+    fitting = encoded(*4 * [b"\1"], outputs=outputs("anomaly_map"))
+    fitting.model_name = "bricks"
+    assert arrays(await servicer.ModelInfer(fitting, CONTEXT))["anomaly_map"].shape[0] == 4
+    inspector.seen.clear()
+    for names in (["anomaly_map"], ["score", "anomaly_map"]):
+        asked = encoded(*5 * [b"\1"], outputs=outputs(*names))
+        asked.model_name = "bricks"
+        said = "5 anomaly maps of 2048 x 2048 do not fit into a response; send at most 4 in a request"
+        with pytest.raises(Refusal, match=said) as caught:
+            await servicer.ModelInfer(asked, CONTEXT)
+        assert caught.value.status == grpc.StatusCode.INVALID_ARGUMENT
+    assert inspector.seen == []
+    asked.outputs.pop()
+    assert arrays(await servicer.ModelInfer(asked, CONTEXT))["score"].tolist() == [1] * 5

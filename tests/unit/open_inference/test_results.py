@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-import grpc
 import numpy as np
 import pytest
-from google.protobuf import descriptor_pool
 
 from feddymem.calibration import Limit
 from feddymem.openinference.open_inference_pb2 import (
     InferParameter,
     ModelInferRequest,
-    ModelMetadataRequest,
-    ModelReadyRequest,
-    RepositoryIndexRequest,
-    ServerLiveRequest,
-    ServerMetadataRequest,
-    ServerReadyRequest,
 )
-from services.inference import tensors
 from services.inference.open_inference import OpenInferenceServicer
 from services.runtime.errors import Refusal
 from tests.unit.open_inference.fakes import CONTEXT, SIZE, FakeActive, FakeInspector, FakeRegistry
@@ -94,26 +85,6 @@ async def test_a_request_becomes_inspections_of_its_caller(
     assert arrays(answer)["anomaly_map"][:, 0, 0].tolist() == [1, 2]
 
 
-async def test_maps_that_do_not_fit_into_a_response_are_refused_before_anything_is_computed(
-    servicer: OpenInferenceServicer, inspector: FakeInspector
-) -> None:
-    """A map of 2048 x 2048 has 16 MiB."""
-    fitting = encoded(*4 * [b"\1"], outputs=outputs("anomaly_map"))
-    fitting.model_name = "bricks"
-    assert arrays(await servicer.ModelInfer(fitting, CONTEXT))["anomaly_map"].shape[0] == 4
-    inspector.seen.clear()
-    for names in (["anomaly_map"], ["score", "anomaly_map"]):
-        asked = encoded(*5 * [b"\1"], outputs=outputs(*names))
-        asked.model_name = "bricks"
-        said = "5 anomaly maps of 2048 x 2048 do not fit into a response; send at most 4 in a request"
-        with pytest.raises(Refusal, match=said) as caught:
-            await servicer.ModelInfer(asked, CONTEXT)
-        assert caught.value.status == grpc.StatusCode.INVALID_ARGUMENT
-    assert inspector.seen == []
-    asked.outputs.pop()
-    assert arrays(await servicer.ModelInfer(asked, CONTEXT))["score"].tolist() == [1] * 5
-
-
 async def test_a_single_map_is_given_whatever_its_size(
     servicer: OpenInferenceServicer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,23 +117,3 @@ async def test_a_stream_keeps_its_order_and_goes_on_after_a_bad_request(servicer
     bad = answers.pop(3)
     assert bad.error_message == "INVALID_ARGUMENT: image 0 of the request: image is not a readable JPEG"
     assert not any(answer.error_message for answer in answers)
-
-
-async def test_metadata_names_what_requests_may_have(servicer: OpenInferenceServicer) -> None:
-    server = await servicer.ServerMetadata(ServerMetadataRequest(), CONTEXT)
-    assert server.name == "feddymem"
-    model = await servicer.ModelMetadata(ModelMetadataRequest(name="bricks", version="12"), CONTEXT)
-    assert (model.name, list(model.versions), model.platform) == ("bricks", ["12"], "feddymem")
-    assert [(i.name, i.datatype, list(i.shape)) for i in model.inputs] == [("image", "BYTES", [-1])]
-    assert {o.name: o.datatype for o in model.outputs} == tensors.OUTPUT_TYPES
-    index = await servicer.RepositoryIndex(RepositoryIndexRequest(), CONTEXT)
-    assert [(m.name, m.version, m.state) for m in index.models] == [("bricks", "12", "READY"), ("screws", "3", "READY")]
-    assert (await servicer.ServerLive(ServerLiveRequest(), CONTEXT)).live
-    assert (await servicer.ServerReady(ServerReadyRequest(), CONTEXT)).ready
-    assert (await servicer.ModelReady(ModelReadyRequest(name="screws"), CONTEXT)).ready
-
-
-def test_other_packages_messages_of_the_same_names_have_room() -> None:
-    """As tritonclient's, which take protobuf's default pool."""
-    with pytest.raises(KeyError):
-        descriptor_pool.Default().FindMessageTypeByName("inference.ModelInferRequest")
