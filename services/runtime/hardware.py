@@ -18,7 +18,8 @@ def configure_hardware(threads: int | None) -> None:
 
     Args:
         threads: of torch, and of k-means with it; None for the cores that this process may use (a container's CPU
-            limit counts). OpenCV has one: images are decoded and drawn in threads of ours, and its own spin while they wait for work.
+            limit counts). OpenCV has one: images are decoded and drawn in threads of ours, and its own spin while they
+            wait for work.
     """
     _keep_freed_memory()
     count = threads or joblib.cpu_count()
