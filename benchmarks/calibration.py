@@ -5,9 +5,10 @@
 - resampled: held-out and good test images of each site put together and split anew at random, so that both are of one
   distribution: the mean rate over many splits, and the rates between which 95 % of the splits lie.
 - relit: the good test images in other lights: whether the rate breaks, and whether drift is reported.
-- relearned: at one site, another one for each seed, the light changes. It has learned from the first half of its normal
-  images; then the next 30 (or as many as there are) come in the new light, and one more round is run. No image is
-  learned from in one light and tested in the other: tests are on the test images only, in both lights.
+- relearned: at one site, another one for each seed, the light changes, to each of the others. It has learned from the
+  first half of its normal images; then the next 30 (or as many as there are) come in the new light, and one more round
+  is run. No image is learned from in one light and tested in the other: tests are on the test images only, in both
+  lights.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ from services.runtime.hardware import configure_hardware
 SEEDS = 5
 LIGHTS = {"darker": (0.8, 15.0), "brighter": (1.25, 15.0)}
 """Gain and offset of each light that images are put into."""
-LEARNED_LIGHT = "brighter"
-"""The one that a site learns: the darker one raises no alarms."""
 NEW_IMAGES = 30
 DRIFT_IMAGES = 50
 """Images within which drift is to be reported."""
@@ -132,8 +131,8 @@ class Federations:
             )
         return result
 
-    def relearned(self, seed: int) -> Relearned:
-        """The light of one site changes, and one more round is run."""
+    def relearned(self, seed: int) -> dict[str, Relearned]:
+        """The light of one site changes, and one more round is run; by the light that it changes to."""
         method = Method(seed=seed)
         changed = self.sites[seed % len(self.sites)]
         half = -(-len(changed.train) // 2)
@@ -141,19 +140,22 @@ class Federations:
         train: dict[str, Sequence[Path]] = {site.name: site.train for site in self.sites}
         train[changed.name] = known
         memory = federate({name: self._split(paths, method)[0] for name, paths in train.items()}, method).memory
-        before = self._of_site(changed, memory, train, method)
-        train[changed.name] = [*known, *(self._relit.files[LEARNED_LIGHT][path] for path in coming)]
-        after = self._of_site(changed, self._one_more_round(memory, train, method), train, method)
-        return Relearned(before[0], after[0], before[1], after[1], before[2], after[2])
+        result = {}
+        for light in LIGHTS:
+            new = {**train, changed.name: [*known, *(self._relit.files[light][path] for path in coming)]}
+            before = self._of_site(changed, light, memory, train, method)
+            after = self._of_site(changed, light, self._one_more_round(memory, new, method), new, method)
+            result[light] = Relearned(before[0], after[0], before[1], after[1], before[2], after[2])
+        return result
 
     def _of_site(
-        self, site: SiteData, memory: MemoryBank, train: Mapping[str, Sequence[Path]], method: Method
+        self, site: SiteData, light: str, memory: MemoryBank, train: Mapping[str, Sequence[Path]], method: Method
     ) -> tuple[float, float, float]:
         """False-alarm rates in the new and the old light, and image AUROC in the old."""
         held_out = {name: self._held_out(paths, memory, method) for name, paths in train.items()}
         labels = np.array([image.defect for image in site.test], bool)
         scores = self._scores(memory, [image.path for image in site.test])
-        relit = self._scores(memory, self._relit.good(LEARNED_LIGHT, site.test))
+        relit = self._scores(memory, self._relit.good(light, site.test))
         anomalous = Verdicts(held_out)
         return (
             anomalous.share(site.name, relit),
@@ -302,7 +304,8 @@ def main(data: list[Path]) -> None:
             runs = [federations.pools(seed) for seed in range(SEEDS)]
             result[path.name] = {"verdicts": verdicts(runs), "resampled": resampled(runs), "drift": drift(runs)}
             write_result("calibration", result)
-            result[path.name]["relearned"] = relearned([federations.relearned(seed) for seed in range(SEEDS)])
+            outcomes = [federations.relearned(seed) for seed in range(SEEDS)]
+            result[path.name]["relearned"] = {light: relearned([each[light] for each in outcomes]) for light in LIGHTS}
             write_result("calibration", result)
 
 

@@ -75,7 +75,8 @@ def detect(
 
     Pixels are counted in histograms, so that memory does not grow with the images: two anomalies closer than
     1 / 262,144 of the range of all maps may count as equal. That moves the pixel AUROC by at most the share of
-    (normal, defect) pairs so close, and AUPRO, where regions weigh alike, by as much of a region's pairs.
+    (normal, defect) pairs so close, and AUPRO by at most that of (normal, region) pairs, mean over regions, divided
+    by 0.3.
 
     Args:
         labels: (n,) True for defect.

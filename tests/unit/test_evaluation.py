@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from skimage.measure import label as label_regions
 from sklearn.metrics import f1_score, roc_auc_score
 
-from feddymem.evaluation import Alarms, Detection, alarms, auroc, detect
+from feddymem.evaluation import LEVELS, Alarms, Detection, alarms, auroc, detect
 
 LABELS = np.array([False, False, False, True, True])
 
@@ -69,16 +69,22 @@ def of_pixels(masks: Sequence[NDArray[np.bool_] | None], maps: Maps) -> Detectio
     return detect(labels, np.array([float(each.max()) for each in maps]), masks, maps)
 
 
+def regions(masks: Masks, maps: Maps) -> Maps:
+    """(pixels,) anomalies of each defect region."""
+    found: Maps = []
+    for mask, each in zip(masks, maps, strict=True):
+        numbers = np.asarray(label_regions(mask, connectivity=2))
+        found += [each[numbers == number] for number in range(1, numbers.max() + 1)]
+    return found
+
+
 def brute_aupro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
     """By its definition: one threshold after the other, one region after the other."""
     thresholds = np.unique(np.concatenate([each.ravel() for each in maps]))[::-1]
     normal = np.concatenate([each[~mask] for mask, each in zip(masks, maps, strict=True)])
-    regions = []
-    for mask, each in zip(masks, maps, strict=True):
-        numbers = np.asarray(label_regions(mask, connectivity=2))
-        regions += [each[numbers == number] for number in range(1, numbers.max() + 1)]
+    found = regions(masks, maps)
     x = np.array([0.0, *((normal >= threshold).mean() for threshold in thresholds)])
-    y = np.array([0.0, *(np.mean([(region >= threshold).mean() for region in regions]) for threshold in thresholds)])
+    y = np.array([0.0, *(np.mean([(region >= threshold).mean() for region in found]) for threshold in thresholds)])
     area = 0.0
     for left, right, low, high in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True):
         if left < limit and right > left:
@@ -88,23 +94,30 @@ def brute_aupro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
     return float(area / limit)
 
 
-@given(seeds, st.sampled_from([0.0, 1.0, 3.0]))
-def test_pixel_figures_are_those_of_their_definitions(seed: int, informative: float) -> None:
+@given(seeds, st.sampled_from([0.0, 1.0, 3.0]), st.sampled_from([0, 1, 3]))
+def test_pixel_figures_are_those_of_their_definitions(seed: int, informative: float, decimals: int) -> None:
     masks, maps = drawn(seed, informative)
-    found = of_pixels(masks, maps)
-    labels, values = (np.concatenate([each.ravel() for each in both]) for both in (masks, maps))
-    assert found.pixel_auroc == pytest.approx(roc_auc_score(labels, values), abs=1e-4)
-    assert found.aupro == pytest.approx(brute_aupro(masks, maps), abs=1e-4)
-
-
-@given(seeds)
-def test_pixel_figures_with_many_ties_are_those_of_their_definitions(seed: int) -> None:
-    masks, maps = drawn(seed)
-    maps = [np.round(each) for each in maps]
+    maps = [np.round(each, decimals) for each in maps]  # so that values are equal or farther apart than levels
     found = of_pixels(masks, maps)
     labels, values = (np.concatenate([each.ravel() for each in both]) for both in (masks, maps))
     assert found.pixel_auroc == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
     assert found.aupro == pytest.approx(brute_aupro(masks, maps), abs=1e-9)
+
+
+@given(seeds, st.sampled_from([0.0, 1.0, 3.0]))
+def test_what_is_closer_than_a_level_moves_pixel_figures_by_its_share(seed: int, informative: float) -> None:
+    masks, maps = drawn(seed, informative, images=3)
+    maps[0][0, 0] = 3e3  # one pixel, far off, makes levels coarse for all others
+    found = of_pixels(masks, maps)
+    labels, values = (np.concatenate([each.ravel() for each in both]) for both in (masks, maps))
+    normal, level = values[~labels], (values.max() - values.min()) / LEVELS
+
+    def close(defect: NDArray[np.float32]) -> float:
+        return float((np.abs(defect[:, None] - normal) <= level).mean())
+
+    of_regions = float(np.mean([close(region) for region in regions(masks, maps)]))
+    assert found.pixel_auroc == pytest.approx(roc_auc_score(labels, values), rel=0, abs=close(values[labels]))
+    assert found.aupro == pytest.approx(brute_aupro(masks, maps), rel=0, abs=of_regions / 0.3)
 
 
 @given(seeds, st.floats(1e-3, 1e3), st.floats(-100, 100))
