@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from feddymem.image_data import EncodedImage, RawImage
 
@@ -29,6 +29,10 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 2
 _WHITE_IS_ZERO = 0
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1
 _LARGEST_TILE = 2**20
+_ORIENTATION, _TURNED = 274, range(2, 9)
+
+_JPEGS = ("JPEG", "MPO")
+"""Pillow's names of a JPEG; the latter is one with others behind it, as of many cameras."""
 
 _REDUCED_SIDES = 2
 """A JPEG is decoded at a smaller scale only if that is still so many times the side it will be stretched to (ours)."""
@@ -75,7 +79,7 @@ def read(image: EncodedImage | RawImage, max_pixels: int = MAX_PIXELS, side: int
     """Decodes an image.
 
     16-bit values are scaled to 0..255 with their fractions kept; alpha is dropped; EXIF orientation is not applied, so
-    that results line up with the stored pixels.
+    that results line up with the stored pixels (a TIFF that is to be turned is refused: no decoder leaves it as it is).
 
     Args:
         image: the image.
@@ -183,38 +187,61 @@ class _Header:
 
 
 def _check_header(data: bytes, max_pixels: int) -> _Header:
-    """Refuses what must not be decoded. A TIFF of 8 bits is decoded by Pillow.
-
-    OpenCV multiplies the colours of such a TIFF by its alpha, and takes the planes and the inverted greys of 16-bit
-    ones for what they are not.
-    """
+    """Refuses what must not be decoded."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+        with Image.open(_HeaderBytes(data), formats=FORMATS) as header:
             width, height = header.size
-            tags = dict(header.tag_v2) if isinstance(header, TiffImageFile) else None
+            _check_size(height, width, max_pixels)
+            by_pillow = isinstance(header, TiffImageFile) and _check_tiff(header.tag_v2, height, width)
             kind = header.format
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(f"image is not a readable JPEG, PNG, BMP or TIFF ({len(data)} bytes)") from error
-    except Exception as error:  # a corrupt header can fail anywhere in Pillow's parsers
+    except Exception as error:  # a corrupt header can fail anywhere in Pillow's parsers, and its tags have any type
         raise ImageError(f"image header is corrupt: {error}") from error
-    _check_size(height, width, max_pixels)
     if kind == "PNG":
         _check_png_chunks(data)
-    if tags is None:
-        return _Header(height, width, kind == "JPEG", by_pillow=False)
-    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > max(_LARGEST_TILE, 4 * height * width):
+    return _Header(height, width, kind in _JPEGS, by_pillow)
+
+
+def _check_tiff(tags: ImageFileDirectory_v2, height: int, width: int) -> bool:
+    """Refuses a TIFF that must not be decoded; whether Pillow is to decode it, as those of 8 bits.
+
+    OpenCV multiplies the colours of such a TIFF by its alpha, and takes the planes and the inverted greys of 16-bit
+    ones for what they are not. Both decoders turn an image that says that it is to be turned.
+    """
+    tile_width, tile_length = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
+    if tile_width * tile_length > max(_LARGEST_TILE, 4 * height * width):
+        raise ImageError(f"image has TIFF tiles of {tile_width} x {tile_length} for {width} x {height} pixels")
+    if tags.get(_ORIENTATION, 1) in _TURNED:
         raise ImageError(
-            f"image has TIFF tiles of {tags[_TILE_WIDTH]} x {tags[_TILE_LENGTH]} for {width} x {height} pixels"
+            f"image is a TIFF to be turned (orientation {tags[_ORIENTATION]}); save it as it is to be seen"
         )
     if set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) != {_UNSIGNED}:
         raise ImageError("image is a TIFF of signed or floating-point values; expected unsigned 8 or 16 bits")
     if max(tags.get(_BITS_PER_SAMPLE, (1,))) <= 8:
-        return _Header(height, width, is_jpeg=False, by_pillow=True)
+        return True
     if tags.get(_PLANAR, 1) != 1 or tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         raise ImageError(
             "image is a TIFF of separate planes or inverted greys with more than 8 bits; save it interleaved"
         )
-    return _Header(height, width, is_jpeg=False, by_pillow=False)
+    return False
+
+
+class _HeaderBytes(io.BytesIO):
+    """An image's bytes, of which no more is read than a header has: Pillow takes what comes before the pixels apart in
+    Python, and a few MiB of empty segments would keep it at that for seconds, in a hundred times their memory."""
+
+    reads_left, bytes_left = 20_000, 16 * 2**20
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.reads_left -= 1
+        self.bytes_left -= len(data)
+        if self.reads_left < 0 or self.bytes_left < 0:
+            raise ImageError("image has too much before its pixels; save it without metadata")
+        return data
 
 
 def _check_png_chunks(data: bytes) -> None:

@@ -20,6 +20,7 @@ from tests.unit.encoded_images import (
     SAMPLES,
     WIDTH,
     assert_is_pixels,
+    chunk,
     huge_bmp,
     huge_jpeg,
     huge_png,
@@ -28,6 +29,7 @@ from tests.unit.encoded_images import (
     png,
     png_that_claims_a_long_chunk,
     smooth,
+    tiff,
     tiff_that_claims_a_huge_tile,
 )
 
@@ -101,6 +103,52 @@ def test_the_limit_of_pixels_is_inclusive() -> None:
     assert decode(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(ImageError, match=f"{WIDTH} x {HEIGHT} = {HEIGHT * WIDTH} pixels; at most {HEIGHT * WIDTH - 1}"):
         decode(data, max_pixels=HEIGHT * WIDTH - 1)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (322, "s", 0, b"16", True),  # the width of a tile, as text
+        (323, "2I", 1, (0, 0), True),  # its length, as nothing of nothing
+        (274, "s", 0, b"six", True),
+        (339, "d", 1, 1.5, True),
+    ],
+    ids=["tile width", "tile length", "orientation", "sample format"],
+)
+def test_tiff_tags_of_another_type_give_pixels_or_an_image_error(tag: tuple[int, str, int, object, bool]) -> None:
+    data = tiff(smooth(), extratags=[tag])
+    try:
+        np.testing.assert_array_equal(decode(data), smooth())
+    except ImageError:
+        return
+
+
+EMPTY_SEGMENT = b"\xff\xe5\x00\x02"
+
+
+@pytest.mark.parametrize("mib", [1, 20])
+@pytest.mark.parametrize("end", [EMPTY_SEGMENT, b"\xff", b"\x00"], ids=["segments", "fill bytes", "junk"])
+def test_a_jpeg_with_endless_segments_is_refused(mib: int, end: bytes) -> None:
+    data = pillow(Image.fromarray(smooth()), "JPEG")
+    with pytest.raises(ImageError, match="too much before its pixels"):
+        decode(data[:2] + EMPTY_SEGMENT + end * (mib * 2**20 // len(end)) + data[2:])
+
+
+@pytest.mark.parametrize("count_and_length", [(10_000, 0), (20, 2**20)], ids=["chunks", "bytes"])
+def test_a_png_with_endless_chunks_is_refused(count_and_length: tuple[int, int]) -> None:
+    count, length = count_and_length
+    data = png(smooth())
+    with pytest.raises(ImageError, match="too much before its pixels"):
+        decode(data[:33] + chunk(b"teSt", bytes(length)) * count + data[33:])
+
+
+@pytest.mark.parametrize("length", [60_000, 1_000_000])
+def test_an_image_may_have_as_much_metadata_as_cameras_write(length: int) -> None:
+    profile = bytes(length)
+    for kind in ("JPEG", "PNG", "TIFF"):
+        np.testing.assert_allclose(
+            decode(pillow(Image.fromarray(smooth()), kind, icc_profile=profile)), smooth(), atol=40
+        )
 
 
 MEASURE = """

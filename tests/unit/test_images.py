@@ -129,6 +129,18 @@ def test_exif_orientation_is_not_applied() -> None:
     np.testing.assert_allclose(pixels, smooth(), atol=3)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_that_is_to_be_turned_is_refused(dtype: str, orientation: int) -> None:
+    stored = random_values(dtype, 3)
+    data = tiff(stored, extratags=[(274, "H", 1, orientation, True)])
+    if orientation == 1:
+        np.testing.assert_allclose(decode(data), expected(stored), rtol=1e-6)
+        return
+    with pytest.raises(ImageError, match=rf"to be turned \(orientation {orientation}\)"):
+        decode(data)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int16", "int32", "uint32"])
 def test_other_depths_are_refused(dtype: str) -> None:
     with pytest.raises(ImageError):
@@ -287,6 +299,14 @@ def test_a_truncated_jpeg_is_refused_at_every_scale(side: int | None, options: d
     for share in (0.3, 0.6, 0.9, 0.99):
         with pytest.raises(ImageError):
             read(EncodedImage(data[: int(share * len(data))]), side=side)
+
+
+def test_a_jpeg_with_another_behind_it_is_decoded_like_it_alone() -> None:
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 280, 3)).astype(np.uint8))
+    several = pillow(pixels, "MPO", save_all=True, append_images=[Image.new("RGB", (300, 300))])
+    alone, first = (read(EncodedImage(data), side=32) for data in (pillow(pixels, "JPEG"), several))
+    assert (first.height, first.width, first.pixels.shape) == (300, 280, (75, 70, 3))
+    np.testing.assert_array_equal(first.pixels, alone.pixels)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
