@@ -26,7 +26,7 @@ class Aggregation:
     Attributes:
         memory: the global memory.
         iterations: k-means iterations run; 0 where all items fit and none was needed.
-        inertia: sum of squared distances of the banks' items to their nearest item of the global memory.
+        inertia: sum of squared distances between items and what they were merged to.
     """
 
     memory: MemoryBank
@@ -54,32 +54,40 @@ def aggregate(banks: list[MemoryBank], count: int, seed: int = 0, weighted: bool
         if len(numbers) > 1:
             raise ValueError(f"banks have different numbers of {what}: {sorted(numbers)}")
     pool = MemoryBank.concatenate(banks)
-    if len(pool) > count:
-        pool = _fair(pool, count, seed, weighted)
-    return _k_means(pool, count, seed, weighted)
+    if len(pool) <= count:
+        return _as_it_is(pool)
+    fair = _fair(pool, count, seed, weighted)
+    merged = _k_means(fair.memory, count, seed, weighted)
+    return Aggregation(merged.memory, max(fair.iterations, merged.iterations), fair.inertia + merged.inertia)
 
 
-def _fair(pool: MemoryBank, count: int, seed: int, weighted: bool) -> MemoryBank:
+def _as_it_is(pool: MemoryBank) -> Aggregation:
+    return Aggregation(pool, iterations=0, inertia=0.0)
+
+
+def _fair(pool: MemoryBank, count: int, seed: int, weighted: bool) -> Aggregation:
     """The pool, with at most `_FAIR_SHARES` equal shares of `count` items that one origin is alone behind.
 
     With two origins or one, that is all of them, and the pool stays as it is.
     """
     most = math.ceil(_FAIR_SHARES * count / pool.origins)
     if most >= count:
-        return pool
+        return _as_it_is(pool)
     alone = np.count_nonzero(pool.weights, axis=1) == 1
     owners = np.where(alone, pool.weights.argmax(1), pool.origins)
     crowded = np.flatnonzero(np.bincount(owners, minlength=pool.origins)[: pool.origins] > most)
     if not len(crowded):
-        return pool
-    merged = [_k_means(pool.only(owners == origin), most, seed, weighted).memory for origin in crowded]
+        return _as_it_is(pool)
+    merged = [_k_means(pool.only(owners == origin), most, seed, weighted) for origin in crowded]
     others = ~np.isin(owners, crowded)
-    return MemoryBank.concatenate([pool.only(others), *merged] if others.any() else merged)
+    parts = [pool.only(others)] if others.any() else []
+    memory = MemoryBank.concatenate([*parts, *(each.memory for each in merged)])
+    return Aggregation(memory, _ITERATIONS, sum(each.inertia for each in merged))
 
 
 def _k_means(pool: MemoryBank, count: int, seed: int, weighted: bool) -> Aggregation:
     if len(pool) <= count:
-        return Aggregation(memory=pool, iterations=0, inertia=0.0)
+        return _as_it_is(pool)
     start = pool.items[greedy_cover(torch.from_numpy(pool.items), count).numpy()]  # fewer, of fewer distinct items
     weights = pool.patches.astype(np.float32) if weighted else None
     clusters = k_means(pool.items, start, _ITERATIONS, seed, weights)

@@ -59,12 +59,18 @@ class FeatureExtractor:
         features: computes the patch features of prepared images, see `__call__`.
         screen: what their nearest items are searched with, see `feddymem.search`.
         device: where it computes.
+        precision: of the arithmetic; it moves features a little, and does not make another feature space.
     """
 
     def __init__(
-        self, feature_space: FeatureSpace, features: Callable[[Tensor], Tensor], screen: Screen, device: torch.device
+        self,
+        feature_space: FeatureSpace,
+        features: Callable[[Tensor], Tensor],
+        screen: Screen,
+        device: torch.device,
+        precision: Precision = "float32",
     ) -> None:
-        self.feature_space, self.screen, self.device = feature_space, screen, device
+        self.feature_space, self.screen, self.device, self.precision = feature_space, screen, device, precision
         self._features = features
 
     def read(self, image: EncodedImage | RawImage, max_pixels: int = MAX_PIXELS) -> PreparedImage:
@@ -182,11 +188,11 @@ def load_extractor(
     if not whole:
         run = compiled(maps.to(where), seen, key, runtime, precision, where)
         return FeatureExtractor(
-            feature_space, _of_tiles(run.network, patches.to(where), feature_space), run.screen, where
+            feature_space, _of_tiles(run.network, patches.to(where), feature_space), run.screen, where, precision
         )
     key = f"{key} {_POOLING} {_CONTEXT_WEIGHT} {_BORDER_WEIGHT}"
     run = compiled(nn.Sequential(maps, patches).eval().to(where), seen, key, runtime, precision, where)
-    return FeatureExtractor(feature_space, run.network, run.screen, where)
+    return FeatureExtractor(feature_space, run.network, run.screen, where, precision)
 
 
 def _of_tiles(maps: Compute, patches: PatchFeatures, space: FeatureSpace) -> Callable[[Tensor], Tensor]:

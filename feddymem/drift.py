@@ -88,13 +88,13 @@ class _Evidence:
 
     def __init__(self, limit: Limit, scale: float, rising: bool) -> None:
         self._scale, self._rising = scale, rising
-        levels = np.ceil(np.log(limit.reference) / np.log(STEP) - _ROUNDING).astype(np.int64)
-        self._reference = np.bincount(np.clip(levels, MIN_LEVEL, MAX_LEVEL) - MIN_LEVEL, minlength=_LEVELS)
-        self._counts, self._images, self.value = self._reference.copy(), limit.images, 0.0
+        self._reference = np.bincount([_level(value) for value in limit.reference], minlength=_LEVELS)
+        self.begin()
 
     def begin(self) -> None:
         """Forgets all images but those held out."""
-        self._counts, self._images, self.value = self._reference.copy(), int(self._reference.sum()), 0.0
+        self._counts, self._images = self._reference.copy(), int(self._reference.sum())
+        self.value = 0.0
 
     def add(self, rounded: float, keep: bool) -> None:
         """Bets on an image.
@@ -120,7 +120,7 @@ _LEVELS = MAX_LEVEL - MIN_LEVEL + 1
 
 
 def _level(value: float) -> int:
-    return min(max(level_of(value * (1 - _ROUNDING * (STEP - 1))), MIN_LEVEL), MAX_LEVEL) - MIN_LEVEL
+    return level_of(value * (1 - _ROUNDING * (STEP - 1))) - MIN_LEVEL
 
 
 def _bet(p_value: float) -> float:

@@ -73,7 +73,7 @@ def detect(
 ) -> Detection:
     """All figures of one site's test images.
 
-    Pixels are counted in histograms, so that memory does not grow with the images: two anomalies closer than
+    Pixels are counted in histograms, so that beside the maps no memory grows with the images: two anomalies closer than
     1 / 262,144 of the range of all maps may count as equal. That moves the pixel AUROC by at most the share of
     (normal, defect) pairs so close, and AUPRO by at most that of (normal, region) pairs, mean over regions, divided
     by 0.3.

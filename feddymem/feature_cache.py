@@ -1,7 +1,8 @@
 """Patch features on disk by content, so that an image passes the backbone once: not for every evaluation, and not again
 after a kill in the middle of many.
 
-An entry is named by the fingerprint of the feature space and the SHA-256 of the image file. It appears whole or not at
+An entry is named by the fingerprint of the feature space, the precision of the backbone's arithmetic where it is not
+float32, and the SHA-256 of the image file. It appears whole or not at
 all, and one that was damaged since is discarded and extracted again.
 """
 
@@ -10,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feddymem import digested_files
 from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import DatasetError
 from feddymem.extraction import ImageFile, Stamp, features_of, stamp_of
@@ -33,7 +34,6 @@ LIMIT_BYTES = 4 * 2**30
 _KEPT_SHARE = 0.9
 """What is left of the bound after old entries were removed, so that they are not removed one by one."""
 _SUFFIX = ".features"
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class FeatureCache:
         discard: Callable[[Path], object] = Path.unlink,
     ) -> None:
         self.extractor = extractor
-        self._folder = folder / extractor.feature_space.fingerprint
+        self._folder = folder / _folder_name(extractor)
         self._root, self._limit, self._discard = folder, limit_bytes, discard
         self._batch_size, self._max_pixels = batch_size, max_pixels
         self._read_before: dict[Path, tuple[Stamp, str]] = {}
@@ -136,7 +136,7 @@ class FeatureCache:
             block[number] = file.features
         return torch.from_numpy(block)
 
-    def keep_only(self, paths: Iterable[Path]) -> None:
+    def keep_only(self, paths: Collection[Path]) -> None:
         """Removes the entries of all but these files, of which `extract` has read each."""
         kept = {self._entry(self._read_before[path][1]) for path in paths}
         self._read_before = {path: self._read_before[path] for path in paths}
@@ -176,16 +176,15 @@ class FeatureCache:
         """An image's entry; None where there is none, or none that is whole."""
         entry, space = self._entry(self.name(image)), self.extractor.feature_space
         try:
-            content = entry.read_bytes()
+            size, data = entry.stat().st_size, digested_files.read(entry)
             if self._limit is not None:
                 os.utime(entry)
         except FileNotFoundError:  # never there, or removed by another process
             return None
-        digest, data = content[:_DIGEST_BYTES], memoryview(content)[_DIGEST_BYTES:]
-        if len(data) != space.patches * space.channels * 2 or hashlib.sha256(data).digest() != digest:
+        if data is None or len(data) != space.patches * space.channels * 2:
             with contextlib.suppress(FileNotFoundError):
                 self._discard(entry)
-            self._held -= len(content)
+            self._held -= size
             return None
         return np.frombuffer(data, np.float16).reshape(space.patches, space.channels)
 
@@ -195,15 +194,8 @@ class FeatureCache:
         if file.features is None:
             return False
         data = np.ascontiguousarray(file.features).tobytes()
-        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=f"{_SUFFIX}.part", delete=False) as part:
-            try:
-                part.write(hashlib.sha256(data).digest() + data)
-                part.close()
-                Path(part.name).replace(self._entry(file.sha256))
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
-                raise
-        self._held += len(data) + _DIGEST_BYTES
+        digested_files.write(self._entry(file.sha256), data)
+        self._held += len(data) + digested_files.DIGEST_BYTES
         if self._limit is not None and self._held > self._limit:
             self._remove_oldest(self._limit)
         return True
@@ -224,6 +216,11 @@ class FeatureCache:
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 status = path.stat()
                 yield status.st_mtime_ns, status.st_size, path
+
+
+def _folder_name(extractor: FeatureExtractor) -> str:
+    space = extractor.feature_space
+    return space.fingerprint if extractor.precision == "float32" else f"{space.fingerprint}-{extractor.precision}"
 
 
 class CachedPatches:

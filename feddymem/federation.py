@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import ItemType, Method
 from feddymem.outliers import Outlier, bounded, outlying
 from feddymem.patches import PatchSource
+
+_log = logging.getLogger(__name__)
 
 MEMORY_TYPE: ItemType = "float16"
 """Element type of the global memory's items on the wire."""
@@ -105,6 +108,8 @@ def federate(
             banks[name] = as_received(update.bank, method.item_type)
             bytes_sent[name] += (method.bank_bytes(len(update.bank), update.bank.channels),)
         merged = next_memory(memory, banks, sorted(sites), method)
+        for outlier in merged.outliers:
+            _log.warning("round %d leaves the bank of site %s out: %s", round_number, outlier.site, outlier.reason)
         memory = as_received(merged.memory, MEMORY_TYPE)
         outliers.append(merged.outliers)
     assert memory is not None, "a method has at least one round"

@@ -59,7 +59,7 @@ def held_out(arrivals: Mapping[str, int], share: float, seed: int) -> frozenset[
 def calibrate(scorer: Scorer, images: PatchSource | None, progress: Progress = no_progress) -> SiteCalibration:
     """How a release scores a site's held-out images; None for none.
 
-    The same code as in the inference service, on the same patch features.
+    The same code as in the inference service, on the same patch features but for the float16 that they are kept in.
     """
     if images is None:
         return SiteCalibration()

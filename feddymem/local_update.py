@@ -62,7 +62,7 @@ def local_update(
         progress: told what is being done.
         device: torch device that computes.
     """
-    seed = method.seed * 1_000_003 + round_number
+    seed = (method.seed * 1_000_003 + round_number) % 2**63  # torch takes no more
     loss = None
     if not method.generator:
         generator = None
@@ -91,8 +91,8 @@ def new_generator(source: PatchSource, seed: int) -> MemoryGenerator:
 
 def _train(
     source: PatchSource, memory: MemoryBank, generator: MemoryGenerator, seed: int, progress: Progress, device: str
-) -> tuple[MemoryGenerator, float]:
-    """One pass over the images."""
+) -> tuple[MemoryGenerator, float | None]:
+    """One pass over the images; the mean loss of its steps, None where there was none."""
     items = torch.from_numpy(memory.items).to(device)
     generator = copy.deepcopy(generator).to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=_LEARNING_RATE)
@@ -118,7 +118,7 @@ def _train(
             losses.append(loss.item())
         done += len(block)
         progress("generator", done, source.images)
-    return generator.eval().requires_grad_(False), sum(losses) / max(1, len(losses))
+    return generator.eval().requires_grad_(False), sum(losses) / len(losses) if losses else None
 
 
 def _radius(block: torch.Tensor, items: torch.Tensor, rng: torch.Generator) -> float:

@@ -5,17 +5,17 @@ On CPUs the network is exported once to ONNX and compiled by OpenVINO; on a GPU 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from feddymem import digested_files
 from feddymem.folders import cache_folder, installed_folder
 from feddymem.openvino_runtime import OpenVINONetwork, OpenVINOScreen, openvino
 from feddymem.search import Screen, has_tiles, screen_by_torch, screen_dtype
@@ -28,7 +28,6 @@ Compute = Callable[[Tensor], Tensor]
 
 _GRAPH = 2
 """Goes up when the exported graph changes, so that none of before is taken from the cache."""
-_DIGEST_BYTES = hashlib.sha256().digest_size
 _TOLERANCE = 1e-4
 """By how much of its length an exported network's output may differ from torch's."""
 
@@ -112,38 +111,18 @@ def _graph(network: nn.Module, side: int, key: str) -> bytes:
     name = hashlib.sha256(f"{made_by} {side} {key}".encode()).hexdigest()
     path = cache_folder() / "graphs" / f"{name}.graph"
     for folder in (installed_folder() / "graphs", path.parent):
-        kept = _kept(folder / path.name)
-        if kept is not None:
-            return kept
+        with contextlib.suppress(OSError):
+            kept = digested_files.read(folder / path.name)
+            if kept is not None:
+                return bytes(kept)
     graph = to_onnx(network, side)
     _require_same_numbers(OpenVINONetwork(graph, "f32"), network, side)
     try:
-        _keep(path, graph)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digested_files.write(path, graph)
     except OSError as error:
         _log.warning("the exported network cannot be kept, the next start exports it again: %s", error)
     return graph
-
-
-def _kept(path: Path) -> bytes | None:
-    """A kept graph; None where there is none, or none that is whole."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, graph = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return graph if hashlib.sha256(graph).digest() == digest else None
-
-
-def _keep(path: Path, graph: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        try:
-            part.write(hashlib.sha256(graph).digest() + graph)
-            part.close()
-            Path(part.name).replace(path)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
 
 
 def _require_same_numbers(computed: Compute, network: nn.Module, side: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ class InvalidSketchError(ValueError):
 
 @dataclass(frozen=True)
 class ScoreSketch:
-    """How many scores lie on each level of a grid. Sketches merge by adding counts, without any further error.
+    """How many scores lie on each level of a grid. Those of several sites merge without any further error.
 
     A score of level `l` is in (STEP^(l-1), STEP^l] and counts as STEP^l. Rounding up is on the safe side wherever it is
     asked how many scores are at least as high as another one: a sketch never says fewer. Below the lowest level scores
@@ -60,15 +60,8 @@ class ScoreSketch:
     @staticmethod
     def of(scores: Iterable[float]) -> ScoreSketch:
         """The sketch of scores, each finite and at least 0."""
-        return _counted(Counter(map(level_of, scores)))
-
-    @staticmethod
-    def merged(sketches: Iterable[ScoreSketch]) -> ScoreSketch:
-        """The sketch of the scores of several."""
-        counts: Counter[int] = Counter()
-        for sketch in sketches:
-            counts.update(dict(zip(sketch.levels, sketch.counts, strict=True)))
-        return _counted(counts)
+        counts = sorted(Counter(map(level_of, scores)).items())
+        return ScoreSketch(tuple(level for level, _ in counts), tuple(count for _, count in counts))
 
     def __len__(self) -> int:
         """Number of scores."""
@@ -81,11 +74,6 @@ class ScoreSketch:
 
 
 NO_SCORES = ScoreSketch()
-
-
-def _counted(counts: Counter[int]) -> ScoreSketch:
-    levels: Sequence[int] = sorted(counts)
-    return ScoreSketch(tuple(levels), tuple(counts[level] for level in levels))
 
 
 def level_of(score: float) -> int:

@@ -47,7 +47,8 @@ class NotServedError(InspectionError):
 
 
 class UnavailableError(InspectionError):
-    """The service cannot be reached, stopped while it was at it, or has no release to score with yet."""
+    """The service cannot be reached, it or the client stopped while it was at it, or it has no release to score with
+    yet."""
 
     advice = "is the address right, and does the service there have a release?"
 
@@ -72,6 +73,7 @@ _KINDS: dict[grpc.StatusCode, type[InspectionError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.NOT_FOUND: NotServedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.CANCELLED: UnavailableError,  # gRPC's word for calls that a server or a client leaves behind
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: InspectionTimeoutError,
 }

@@ -63,16 +63,19 @@ def as_file(image: Image) -> bytes:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise _invalid(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL
+        raise _invalid(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _pil_pixels(image: PIL.Image.Image) -> NDArray[Any]:
     if image.mode in _DEPTH_UNKNOWN:
         raise _invalid(f"PIL image of mode {image.mode}: its range is unknown; convert it to L, I;16 or RGB")
-    if image.mode in _SENT_AS_THEY_ARE or image.mode.startswith("I;16"):
-        return np.asarray(image)
-    return np.asarray(image.convert("RGB"))
+    try:  # only here are the pixels of a file read that PIL has opened
+        if image.mode in _SENT_AS_THEY_ARE or image.mode.startswith("I;16"):
+            return np.asarray(image)
+        return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise _invalid(f"PIL image cannot be read: {error}") from error
 
 
 def _from_array(pixels: NDArray[Any]) -> RawImage:

@@ -32,7 +32,7 @@ AGGREGATIONS_FAILED = Counter("feddymem_aggregations_failed_total", "Aggregation
 ITERATIONS = Gauge("feddymem_aggregation_iterations", "K-means iterations of the last aggregation.", _LABELS)
 INERTIA = Gauge(
     "feddymem_aggregation_inertia",
-    "Sum of squared distances of items to the global memory in the last aggregation, in units of the feature space.",
+    "Sum of squared distances of items to what the last aggregation merged them to, in units of the feature space.",
     _LABELS,
 )
 BANKS_ACCEPTED = Counter("feddymem_banks_accepted_total", "Banks accepted.", _LABELS)

@@ -156,6 +156,15 @@ def owned(memory: MemoryBank, origin: int) -> int:
     return int(((memory.weights[:, origin] > 0) & (np.count_nonzero(memory.weights, axis=1) == 1)).sum())
 
 
+def test_merging_one_origin_s_items_first_counts_in_iterations_and_inertia() -> None:
+    crowd, others = bank(100).placed(0, 3), [bank(3, seed=origin).placed(origin, 3) for origin in (1, 2)]
+    merged = aggregate([crowd, *others], 30)
+    assert owned(merged.memory, 0) == 20
+    assert merged.iterations > 0
+    moved = squared_distances(crowd.items, merged.memory.items[merged.memory.weights[:, 0] > 0]).min(1).sum()
+    assert merged.inertia == pytest.approx(moved, rel=1e-3)
+
+
 @given(
     st.integers(3, 6),
     st.integers(10, 30),

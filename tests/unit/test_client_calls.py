@@ -87,12 +87,22 @@ async def test_feedback_that_is_refused_is_the_error_that_an_inspection_would_be
 
 
 @pytest.mark.parametrize(("attempts", "made"), [(1, 1), (2, 2)])
-def test_attempts_are_as_many_as_was_said(attempts: int, made: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
+        (grpc.StatusCode.UNAVAILABLE, UnavailableError),
+        (grpc.StatusCode.CANCELLED, UnavailableError),
+    ],
+)
+def test_attempts_are_as_many_as_was_said(
+    status: grpc.StatusCode, kind: type[InspectionError], attempts: int, made: int
+) -> None:
     with (
-        scripted_service(always(grpc.StatusCode.RESOURCE_EXHAUSTED)) as service,
+        scripted_service(always(status)) as service,
         InspectionClient(service.address, attempts=attempts) as client,
     ):
-        with pytest.raises(OverloadedError, match="as told; send fewer"):
+        with pytest.raises(kind, match=f"as told; {kind.advice[:10]}"):
             client.inspect(b"x")
         assert len(service.requests) == made
 
@@ -230,7 +240,7 @@ def test_closing_the_client_ends_what_is_under_way() -> None:
         client.close()
         caller.join(SECONDS)
         ended.set()
-    assert [type(outcome) for outcome in outcomes] == [ServiceFailedError]
+    assert [type(outcome) for outcome in outcomes] == [UnavailableError]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         as_library_image(tmp_path / "missing.png")
 
 
+def test_a_path_that_cannot_be_one_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match="cannot read part\0a: embedded null byte"):
+        as_library_image(Path("part\0a"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_pil_image_whose_file_ends_too_soon_is_refused(mode: str) -> None:
+    file = io.BytesIO()
+    PIL.Image.new(mode, (64, 64), 7).save(file, "JPEG")
+    with pytest.raises(InvalidRequestError, match="PIL image cannot be read: image file is truncated"):
+        as_library_image(PIL.Image.open(io.BytesIO(file.getvalue()[:-40])))
+
+
 def test_what_is_no_image_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="cannot inspect int"):
         as_library_image(3)  # type: ignore[arg-type]

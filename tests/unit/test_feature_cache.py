@@ -82,6 +82,15 @@ def test_another_feature_space_has_entries_of_its_own(folder: Path, paths: list[
     assert len(entries(folder)) == 2
 
 
+def test_another_precision_has_entries_of_its_own(folder: Path, paths: list[Path], small: FeatureExtractor) -> None:
+    FeatureCache(folder, small).features(paths[:1])
+    coarse = load_extractor(input_size=small.feature_space.input_size, device="cpu", precision="bfloat16")
+    assert coarse.feature_space == small.feature_space
+    found = FeatureCache(folder, coarse).features(paths[:1])
+    np.testing.assert_array_equal(found[0].numpy(), directly(coarse, paths[0]))
+    assert len(entries(folder)) == 2
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
 def test_a_damaged_entry_is_extracted_again(
     folder: Path, paths: list[Path], small: FeatureExtractor, passes: list[int], damage: str

@@ -183,11 +183,14 @@ def test_the_weights_of_one_site_are_bounded() -> None:
     np.testing.assert_allclose(merged.weights.sum(0), [80, 240, 80], rtol=1e-6)
 
 
-def test_a_federation_tells_which_banks_were_left_out() -> None:
+def test_a_federation_tells_which_banks_were_left_out(caplog: pytest.LogCaptureFixture) -> None:
     sites: dict[str, PatchSource] = {site: PatchArray(features(0, seed=seed)) for seed, site in enumerate("abc")}
     assert federate(sites, METHOD).outliers == ((), ())
     far = sites | {"d": PatchArray(100 * features(0, seed=3))}
     assert [[each.site for each in outliers] for outliers in federate(far, METHOD).outliers] == [["d"], ["d"]]
+    first, second = caplog.messages
+    assert first.startswith("round 1 leaves the bank of site d out: ")
+    assert second.startswith("round 2 leaves the bank of site d out: ")
 
 
 @pytest.mark.parametrize("items", [1, 10, 60])

@@ -65,6 +65,11 @@ def test_the_first_round_trains_nothing() -> None:
     assert_same_bank(update.bank, reduce(source(), 24))
 
 
+@pytest.mark.parametrize("seed", [0, 2**45, 2**63 - 1])
+def test_any_seed_of_a_method_will_do(seed: int) -> None:
+    assert first(METHOD.model_copy(update={"seed": seed})).generator is not None
+
+
 def test_later_rounds_train_the_generator() -> None:
     update = second()
     assert update.loss is not None
@@ -204,8 +209,7 @@ def test_a_memory_that_holds_every_patch_does_not_break_training() -> None:
     """Its distances are all zero, and with them the radius."""
     few = PatchArray(np.ones((3, GRID * GRID, CHANNELS), np.float32))
     update = local_update(few, reduce(few, 24), None, METHOD, 2)
-    assert update.loss is not None
-    assert math.isfinite(update.loss)
+    assert update.loss is None
     assert np.isfinite(update.bank.items).all()
 
 

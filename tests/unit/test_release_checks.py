@@ -73,7 +73,18 @@ def test_of_two_sites_nobody_can_tell_which_one_is_covered() -> None:
 def test_sites_whose_images_are_all_equal_are_no_measure_for_the_others() -> None:
     equal = (0.0,) * 10
     assert failed(checks({"a": equal, "b": equal, "c": (15.0,) * 10})) == []
-    assert failed(checks({"a": equal, "b": equal, "c": (25.0,) * 10})) == ["coverage"]
+    found = checks({"a": equal, "b": equal, "c": (25.0,) * 10})
+    assert failed(found) == ["coverage"]
+    assert found["coverage"].finding.endswith("2 times the distance of patches to their items, 10")
+
+
+def test_spreads_that_a_minority_sends_move_no_check() -> None:
+    """A site that says that its patches are far from their items is no measure for the others, either."""
+    weights = np.eye(3, dtype=np.float32)
+    weights[2] *= 1000
+    boasting = MemoryBank(np.ones((3, 3), np.float32), weights, np.array([10, 10, 500], np.float32))
+    sites, base = {"a": NORMAL, "b": times(3), "c": NORMAL}, {"a": NORMAL, "b": times(2), "c": NORMAL}
+    assert failed(checks(sites, base, of=boasting)) == ["coverage", "not_worse"]
 
 
 def test_more_alarms_than_rate_and_chance_make_fail() -> None:
@@ -106,7 +117,9 @@ def test_the_median_of_few_images_is_chance() -> None:
     assert failed(checks({"a": times(2, few)}, {"a": few})) == []
 
 
-@pytest.mark.parametrize(("images", "rate"), [(10, 0.05), (200, 0.05), (1000, 0.05), (1000, 0.5), (5, 0.2)])
+@pytest.mark.parametrize(
+    ("images", "rate"), [(10, 0.05), (200, 0.05), (1000, 0.05), (1000, 0.5), (5, 0.2), (1100, 0.6)]
+)
 def test_the_band_of_alarms_holds_but_for_the_chance(images: int, rate: float) -> None:
     chance = 1e-3
     most = most_alarms(images, rate, chance)
