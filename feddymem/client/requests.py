@@ -68,8 +68,13 @@ class ClientSettings:
         Raises:
             InvalidRequestError: a file cannot be read, or pixels have no meaning as an image.
             ValueError: no such kind of map.
-            TypeError: not an image at all.
+            TypeError: not an image at all, or a wish that there is not.
         """
+        unknown = sorted(wishes.keys() - Wishes.__annotations__.keys())
+        if unknown:
+            raise TypeError(
+                f"nobody can wish for {', '.join(unknown)}; expected some of {', '.join(Wishes.__annotations__)}"
+            )
         kind = wishes.get("map_kind", "none")
         if kind not in _MAP_FORMATS:
             raise ValueError(f"map_kind is {kind!r}; expected one of {', '.join(_MAP_FORMATS)}")

@@ -120,6 +120,12 @@ def test_what_is_no_image_is_a_type_error() -> None:
         as_library_image(3)  # type: ignore[arg-type]
 
 
+def test_a_wish_that_there_is_not_is_named() -> None:
+    wishes: Any = {"regions": True, "site": "plant-a", "false_alarms": 0.1}
+    with pytest.raises(TypeError, match="nobody can wish for false_alarms, site; expected some of map_kind, threshold"):
+        ClientSettings("", "", 30, 4).request(b"x", wishes)
+
+
 def test_a_request_has_what_was_wished_for_and_nothing_else() -> None:
     line = ClientSettings("bricks", "plant-a", 30, 8)
     plain = line.request(np.zeros((2, 3, 4), np.uint16), {})
