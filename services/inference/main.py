@@ -61,7 +61,7 @@ async def _serve(settings: InferenceSettings) -> None:
     batcher.start()
     try:
         async with listening(
-            settings, Role.INFERENCE, services, settings.max_request_bytes, settings.max_open_streams
+            settings, Role.INFERENCE, services, settings.max_request_bytes, settings.max_open_streams, settings.room
         ) as readiness:
             await registry.load()
             publishers = {settings.aggregator: Role.AGGREGATOR, **dict.fromkeys(settings.edge_clients, Role.SITE)}

@@ -45,8 +45,9 @@ RPCS_OVER_LIMIT = Counter(
     ["method", "limit"],
 )
 
-Admission = Callable[[aio.ServicerContext[Any, Any]], None]
-"""Raises a `Refusal` where a request need not even be received."""
+Admission = Callable[[str, float | None], None]
+"""Raises a `Refusal` where a request need not even be received; is told who calls, see `caller_name`, and the seconds
+until that stops waiting, None for as long as it takes."""
 
 Access = frozenset[Role]
 """Roles that may call a method, where there is TLS."""
@@ -74,11 +75,14 @@ class RpcBoundary(aio.ServerInterceptor):
 
     Args:
         access: who may call, by full name of a method; a method that is not there, nobody.
-        admissions: of unary methods by full name; these may be called as often as they admit.
+        admissions: of unary methods by full name; these may be called as often as they admit, and are counted apart
+            among what is open: what they hold back keeps no other call out.
         audited: actions by full name of a method; that somebody may not call it is in the audit log.
         rpcs_per_second: of all other methods together, by one identity or, without TLS, from one address.
         open_rpcs: likewise, at once.
         open_streams: of methods that take a stream of requests, likewise.
+        admitted: how many requests the admissions let wait; so many more of their methods may be open, as it is for
+            the admissions to refuse what is too much, with a hint when to try again.
     """
 
     def __init__(
@@ -89,11 +93,13 @@ class RpcBoundary(aio.ServerInterceptor):
         rpcs_per_second: float,
         open_rpcs: int,
         open_streams: int,
+        admitted: int = 0,
     ) -> None:
         self._access, self._admissions, self._audited = access, admissions, audited
         self._rpcs_per_second = rpcs_per_second
         self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
         self._open = _Open(open_rpcs, "open", "RPCs", "max_open_rpcs")
+        self._open_admitted = _Open(open_rpcs + admitted, "open", "RPCs", "max_open_rpcs")
         self._open_streams = _Open(open_streams, "streams", "streams of requests", "max_open_streams")
         # Apart, so that who sends slowly does not keep a probe from its host out.
         self._requests_of_ours, self._other_requests = SingleRequests(), SingleRequests()
@@ -197,10 +203,8 @@ class RpcBoundary(aio.ServerInterceptor):
             )
         self._require_role(method, who, context)
         if admit:
-            admit(context)
-            yield name
-            return
-        with self._open.one_more(name, method):
+            admit(name, context.time_remaining())
+        with (self._open_admitted if admit else self._open).one_more(name, method):
             yield name
 
     def _require_role(self, method: str, who: Identity | None, context: _Context) -> None:
@@ -310,8 +314,16 @@ async def _while_valid(context: _Context) -> AsyncIterator[None]:
         raise
 
 
+def caller_name(context: _Context) -> str:
+    """Who is counted as one: an identity or, without TLS, a host.
+
+    Raises:
+        Refusal: see `services.runtime.identity.caller`.
+    """
+    return _name(caller(context), context)
+
+
 def _name(who: Identity | None, context: _Context) -> str:
-    """Who is counted as one: an identity or, without TLS, a host."""
     return context.peer().rpartition(":")[0] if who is None else who.uri
 
 

@@ -17,7 +17,7 @@ from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamRequest, InspectStreamResponse
 from services.runtime.array_store import ArrayStore
 from services.runtime.audit import audited
-from services.runtime.errors import invalid
+from services.runtime.errors import Refusal, invalid
 from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 from services.runtime.server import Service, listening
@@ -38,6 +38,7 @@ METHODS = {
     f"{HEALTH}/List": "grpc.health.v1.HealthListRequest",
     REFLECTION: "grpc.reflection.v1alpha.ServerReflectionRequest",
 }
+FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many wait as are allowed; try again in 1 second")
 FAULT = RuntimeError("secret of /var/lib")
 
 
@@ -45,11 +46,18 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
     """Refuses, in the words of `site`, what has a site; fails where the federation is named `fault`.
 
     Attributes:
-        begun: calls of Inspect of which nothing has been read.
+        begun: who has called Inspect, nothing of which has been read.
+        full: whether Inspect is refused before.
     """
 
     def __init__(self) -> None:
         self.begun: asyncio.Queue[str] = asyncio.Queue()
+        self.full = False
+
+    def _admit(self, name: str, _seconds_left: float | None) -> None:
+        if self.full:
+            raise FULL
+        self.begun.put_nowait(name)
 
     async def Inspect(  # noqa: N802
         self, request: InspectRequest, context: Any
@@ -85,7 +93,7 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
                 ("Inspect", "InspectStream", "ReportFeedback", "GetInspectionStatus"), frozenset({Role.LINE})
             ),
             audited={"Inspect": "inspect"},
-            admissions={"Inspect": lambda context: self.begun.put_nowait(context.peer())},
+            admissions={"Inspect": self._admit},
         )
 
 
@@ -97,6 +105,7 @@ async def served(
     open_rpcs: int = 100,
     open_streams: int | None = None,
     inspections: Inspections | None = None,
+    admitted: int = 0,
 ) -> AsyncIterator[str]:
     """The address of a server of releases, of which there are none, and of `Inspections`."""
     services = [(inspections or Inspections()).service]
@@ -113,7 +122,7 @@ async def served(
     publisher = Publisher(ArrayStore(folder / "arrays"), frozenset({Role.LINE}), lambda _who, _federation: True)
     services.append(publisher.service)
     with capture_logs() as lines:
-        async with listening(settings, Role.INFERENCE, services, MAX_REQUEST_BYTES, open_streams):
+        async with listening(settings, Role.INFERENCE, services, MAX_REQUEST_BYTES, open_streams, admitted):
             address = next(line["grpc"] for line in lines if line["event"] == "listening")
             yield address
 
