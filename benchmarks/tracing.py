@@ -37,7 +37,7 @@ async def _echo(request: bytes, _context: aio.ServicerContext[bytes, bytes]) -> 
 
 async def _call() -> float:
     """Microseconds of an RPC, caller and server together, one after the other."""
-    boundary = RpcBoundary({}, {METHOD: lambda _context: None}, {}, 1e9, 100, 100)
+    boundary = RpcBoundary({}, {METHOD: lambda _name, _seconds: None}, {}, 1e9, 100, 100)
     server = aio.server(interceptors=[boundary])
     service, _, name = METHOD[1:].partition("/")
     handler: Any = grpc.unary_unary_rpc_method_handler(_echo)

@@ -60,6 +60,18 @@ class ImageError(ValueError):
     """An image cannot be decoded, or is larger than allowed."""
 
 
+class TooManyPixelsError(ImageError):
+    """An image is larger than allowed.
+
+    Attributes:
+        pixels: that it has.
+    """
+
+    def __init__(self, text: str, pixels: int) -> None:
+        super().__init__(text)
+        self.pixels = pixels
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A decoded image, which may be smaller than it was sent.
@@ -88,8 +100,8 @@ def read(image: EncodedImage | RawImage, max_pixels: int = MAX_PIXELS, side: int
             quarter or eighth of its size, of which both sides are still at least twice this long. None for full size.
 
     Raises:
-        ImageError: not a JPEG, PNG, BMP or TIFF, corrupt, truncated, more than `max_pixels`, of a depth other than 8 or
-            16 bits, or raw with sizes that do not fit together.
+        ImageError: not a JPEG, PNG, BMP or TIFF, corrupt, truncated, of a depth other than 8 or 16 bits, or raw with
+            sizes that do not fit together; `TooManyPixelsError` for more than `max_pixels`.
     """
     if isinstance(image, RawImage):
         return Picture(_from_raw(image, max_pixels), image.height, image.width)
@@ -268,4 +280,5 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
         raise ImageError(f"image is {width} x {height} pixels; both sides must be at least 1")
     if height * width > max_pixels:
-        raise ImageError(f"image is {width} x {height} = {height * width} pixels; at most {max_pixels} are allowed")
+        text = f"image is {width} x {height} = {height * width} pixels; at most {max_pixels} are allowed"
+        raise TooManyPixelsError(text, height * width)

@@ -18,12 +18,14 @@ import torch
 from opentelemetry.trace import Span, get_current_span
 from torch import Tensor
 
-from feddymem.backbone import PreparedImage
+from feddymem.backbone import FeatureExtractor, PreparedImage
 from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import TooManyPixelsError
 from feddymem.scoring import Inspection
 from feddymem.threads import leave_cores, workers
 from services.inference import metrics
 from services.inference.fair_queue import FairQueue
+from services.inference.large_images import SMALL_PIXELS, LargeImages
 from services.inference.registry import Active
 from services.runtime import tracing
 from services.runtime.errors import Refusal
@@ -31,6 +33,8 @@ from services.runtime.errors import Refusal
 _FOR_ROOM = 256
 """Images of streams and of large requests that may wait outside the queue; their senders are held back meanwhile."""
 Result = TypeVar("Result")
+Read = Callable[[FeatureExtractor, EncodedImage | RawImage], PreparedImage]
+"""Decodes an image for a backbone."""
 Afterwards = Callable[["Scored | None"], None]
 """Called when the result is out and nobody waits; with None where there is no time for it."""
 
@@ -100,10 +104,14 @@ class Batcher:
         max_delay: seconds that a batch waits for images that are being decoded.
         queue_size: images waiting, at most.
         max_pixels: of an image.
+
+    Attributes:
+        large_images: room for those that are decoded or drawn.
     """
 
     def __init__(self, max_batch: int, at_once: int, max_delay: float, queue_size: int, max_pixels: int) -> None:
         self._max_batch, self._max_delay, self._max_pixels = max_batch, max_delay, max_pixels
+        self.large_images = LargeImages(max_pixels)
         self._waiting: FairQueue[_Job[Any]] = FairQueue(queue_size)
         self.queue_size = queue_size
         self._in_work, self._counting = 0, threading.Lock()
@@ -229,6 +237,19 @@ class Batcher:
             with contextlib.suppress(ValueError):
                 self._for_room.remove(waiter)
 
+    def read(self, extractor: FeatureExtractor, image: EncodedImage | RawImage) -> PreparedImage:
+        """Decodes an image; a large one as soon as there is room for it.
+
+        Raises:
+            ImageError: see `FeatureExtractor.read`.
+        """
+        try:
+            return extractor.read(image, min(SMALL_PIXELS, self._max_pixels))
+        except TooManyPixelsError as error:  # nothing is decoded by then
+            pixels = error.pixels
+        with self.large_images.room(pixels):
+            return extractor.read(image, self._max_pixels)
+
     def notify_room(self) -> None:
         """Wakes who waits for room the longest."""
         while self._for_room:
@@ -262,7 +283,7 @@ class Batcher:
     def _decode(self, job: _Job[Any]) -> None:
         started = time.monotonic()
         try:
-            prepared = job.active.scorer.extractor.read(job.image, self._max_pixels)
+            prepared = self.read(job.active.scorer.extractor, job.image)
         except Exception as error:  # noqa: BLE001 - handed to the caller, who logs it
             _fail(job.result, error)
         else:

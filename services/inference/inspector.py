@@ -15,7 +15,8 @@ from feddymem.image_data import EncodedImage, RawImage
 from feddymem.maps import HeatScale, MapKind, Region, anomaly_map, heatmap_png, regions
 from feddymem.verdicts import Judgement, judge
 from services.inference import metrics
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Batcher, Read, Scored
+from services.inference.large_images import LargeImages
 from services.inference.lines import Shadow
 from services.inference.outcomes import counted_if_raised
 from services.inference.registry import Active, Registry
@@ -135,10 +136,10 @@ class Inspector:
                 result = await self._batcher.inspect(
                     active,
                     inspection.image,
-                    functools.partial(_result, inspection, active),
+                    functools.partial(_result, inspection, active, self._batcher.large_images),
                     inspection.caller,
                     left,
-                    None if shadow is None else functools.partial(_see, inspection, active, shadow),
+                    None if shadow is None else functools.partial(_see, inspection, active, shadow, self._batcher.read),
                 )
                 return dataclasses.replace(result, queue_seconds=result.queue_seconds + waited)
             except Refusal as refusal:
@@ -161,7 +162,7 @@ def _may_have_regions(threshold: float | None, scored: Scored) -> bool:
     return threshold is not None and float(scored.inspection.distances.max()) >= threshold
 
 
-def _result(inspection: Inspection, active: Active, scored: Scored) -> Result:
+def _result(inspection: Inspection, active: Active, large_images: LargeImages, scored: Scored) -> Result:
     distances, size = scored.inspection.distances, active.scorer.extractor.feature_space.input_size
     limits = active.limits(inspection.site, inspection.false_alarm_rate)
     scale = HeatScale.of_memory(active.scorer.typical_distance) if limits is None else limits.heat_scale
@@ -177,7 +178,8 @@ def _result(inspection: Inspection, active: Active, scored: Scored) -> Result:
             found = regions(values, pixel_threshold, (scored.height, scored.width))
     png = None
     if inspection.map_kind == "png":
-        png = heatmap_png(anomaly_map(distances, (scored.height, scored.width)), scale)
+        with large_images.room(scored.height * scored.width):
+            png = heatmap_png(anomaly_map(distances, (scored.height, scored.width)), scale)
     score = scored.inspection.score
     judgement = judge(score, None if limits is None else limits.scores, inspection.threshold)
     metrics.of_federation(active.federation).count(
@@ -204,7 +206,7 @@ def _result(inspection: Inspection, active: Active, scored: Scored) -> Result:
     )
 
 
-def _see(inspection: Inspection, active: Active, shadow: Shadow, scored: Scored | None) -> None:
+def _see(inspection: Inspection, active: Active, shadow: Shadow, read: Read, scored: Scored | None) -> None:
     """Has the shadow judge an image that has its result; both by their calibrations, whatever the request said."""
     line, site = active.line(inspection.site), inspection.site or active.site
     limits, scorer = None if shadow.limits is None else shadow.limits.of(site), shadow.scorer(active.site)
@@ -216,7 +218,7 @@ def _see(inspection: Inspection, active: Active, shadow: Shadow, scored: Scored 
     try:
         features = scored.features
         if features is None or scorer.extractor is not active.scorer.extractor:
-            prepared = scorer.extractor.read(inspection.image, scored.height * scored.width)
+            prepared = read(scorer.extractor, inspection.image)
             features = scorer.extractor(prepared.pixels[None])
         [seen] = scorer.inspect_features(features)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach a line

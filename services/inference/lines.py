@@ -38,20 +38,24 @@ class Shadow:
         release: its version.
         scorers: of each site; by the empty name where it needs no memory generators.
         limits: of its calibration; None without one: then it has no verdicts, and nothing is counted.
+
+    Attributes:
+        scorers: as above; others when a memory generator has come, while what is counted stays.
     """
 
     def __init__(
         self, federation: str, release: int, scorers: Mapping[str, Scorer], limits: ReleaseLimits | None
     ) -> None:
         self.federation, self.release, self.limits = federation, release, limits
-        self._scorers = scorers
+        self.scorers = scorers
         self._lock = threading.Lock()
         self._counts: dict[str, Counter[Agreement]] = {}
         self._failed = False
 
     def scorer(self, site: str) -> Scorer | None:
         """What scores a site's images; None where it has no memory generator of the site."""
-        return self._scorers.get(site) or self._scorers.get("")
+        scorers = self.scorers
+        return scorers.get(site) or scorers.get("")
 
     def count(self, line: str, alarm: bool, active_alarm: bool) -> None:
         """Counts an image that both have judged."""

@@ -29,6 +29,10 @@ _SWITCH_SECONDS = 0.0002
 """How long a Python thread may keep the others waiting. The computing thread takes part in many short operations: with
 Python's 5 ms it would wait that long for a busy event loop again and again."""
 
+_HELD_REQUESTS = 2
+"""Requests in memory together have no more bytes than so many of the largest: the next one comes while one is computed.
+Each is there twice, as a message and as an image."""
+
 
 def main(args: list[str]) -> None:
     """Runs the inference service until SIGTERM.
@@ -61,7 +65,13 @@ async def _serve(settings: InferenceSettings) -> None:
     batcher.start()
     try:
         async with listening(
-            settings, Role.INFERENCE, services, settings.max_request_bytes, settings.max_open_streams
+            settings,
+            Role.INFERENCE,
+            services,
+            settings.max_request_bytes,
+            settings.max_open_streams,
+            settings.room,
+            _HELD_REQUESTS * settings.max_request_bytes,
         ) as readiness:
             await registry.load()
             publishers = {settings.aggregator: Role.AGGREGATOR, **dict.fromkeys(settings.edge_clients, Role.SITE)}

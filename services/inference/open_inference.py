@@ -37,6 +37,7 @@ from services.inference.outcomes import counted
 from services.inference.registry import Registry
 from services.inference.streams import answer_stream
 from services.runtime.errors import Refusal, invalid, not_found
+from services.runtime.rpc import caller_name
 from services.runtime.server import Service
 
 _Context = aio.ServicerContext[Any, Any]
@@ -69,7 +70,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
             lambda server: open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server),
             access=dict.fromkeys((method.name for method in _METHODS), CALLERS),
             pool=open_inference_pb2.DESCRIPTOR.pool,
-            admissions={"ModelInfer": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
+            admissions={"ModelInfer": self._inspector.admit},
         )
 
     async def ServerLive(self, request: ServerLiveRequest, context: _Context) -> ServerLiveResponse:
@@ -123,7 +124,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
             pixel_threshold=tensors.number(request, "pixel_threshold"),
             false_alarm_rate=tensors.number(request, "false_alarm_rate"),
             regions="regions" in wanted,
-            caller=context.peer(),
+            caller=caller_name(context),
             seconds_left=context.time_remaining(),
             patient=patient,
         )

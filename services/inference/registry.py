@@ -77,7 +77,8 @@ class Registry:
     """Takes releases as they come and pairs each global memory with each site's memory generator.
 
     The pair is the last global memory that came with the site's newest memory generator that is not newer or, where
-    all are, with the oldest. A swap replaces one reference: requests that have begun finish with what they began with.
+    all are, with the oldest. A global memory that no generator fits yet waits for one, while the one before scores. A
+    swap replaces one reference: requests that have begun finish with what they began with.
     """
 
     def __init__(self, settings: InferenceSettings) -> None:
@@ -85,6 +86,7 @@ class Registry:
         self._store = ReleaseStore(settings.state_dir)
         self.arrays = self._store.arrays
         self._memories: dict[str, Kept] = {}
+        self._waiting: dict[str, Kept] = {}
         self._generators: dict[tuple[str, str], list[Kept]] = {}
         self._active: dict[tuple[str, str], Active] = {}
         self._shadows: dict[str, Kept] = {}
@@ -114,7 +116,8 @@ class Registry:
     async def receive(self, release: Release) -> None:
         """Takes a release whose arrays are in the store, and activates it.
 
-        It is written only then: on disk is what this service can score with, and a publisher sends it again.
+        It is written only then: on disk is what this service can score with, and a publisher sends it again. One that
+        is said again, as after each watch that breaks, costs nothing.
 
         Raises:
             Refusal, InvalidBankError: the release does not fit this service; what is active stays, on disk too.
@@ -124,17 +127,64 @@ class Registry:
         async with self._swap:
             if release.shadow:
                 await self._receive_shadow(release)
-                return
+            elif release.kind == RELEASE_KIND_GLOBAL_MEMORY:
+                await self._receive_memory(release)
+            else:
+                await self._receive_generator(release)
+
+    async def _receive_memory(self, release: Release) -> None:
+        known, waiting = self._memories.get(release.federation), self._waiting.get(release.federation)
+        if waiting is not None and waiting.release == release:
+            return
+        if known is not None and known.release == release and self._scores(known) and await self._on_disk(release):
+            if (left := self._waiting.pop(release.federation, None)) is not None:  # rolled back before it could score
+                await self._forget([left.release])
+            return
+        await self._take(await asyncio.to_thread(self._store.open, release))
+
+    async def _receive_generator(self, release: Release) -> None:
+        known = self._generators.get((release.federation, release.site), [])
+        if not (known and known[-1].release == release and await self._on_disk(release)):
             kept = await asyncio.to_thread(self._store.open, release)
-            before = dict(self._memories), dict(self._generators)
-            replaced = self._note(kept)
+            before = dict(self._generators)
+            replaced = self._note_generator(kept)
             try:
                 await self._activate(release.federation)
             except BaseException:
-                self._memories, self._generators = before
+                self._generators = before
                 raise
             await asyncio.to_thread(self._store.write, release)
             await self._forget([each.release for each in replaced])
+        waiting = self._waiting.get(release.federation)
+        if waiting is not None:
+            await self._take(waiting)
+
+    async def _take(self, memory: Kept) -> None:
+        """Activates a global memory; where no memory generator fits it yet and another one scores, it waits for one.
+
+        It is not on disk while it waits: after a restart, too, the other one is to score.
+        """
+        federation = memory.release.federation
+        built = await _in_own_thread(partial(self._build, memory))
+        left = self._waiting.pop(federation, None)
+        if built or not any(each.federation == federation for each in self._active.values()):
+            before = self._memories.get(federation)
+            self._memories[federation] = memory
+            await self._put_in_place(memory, built)
+            await asyncio.to_thread(self._store.write, memory.release)
+        else:
+            before = None
+            self._waiting[federation] = memory
+            _log.warning("release_waits_for_generator", federation=federation, release=memory.release.version)
+        await self._forget([each.release for each in (left, before) if each is not None])
+
+    def _scores(self, memory: Kept) -> bool:
+        release = memory.release
+        named = release.federation, release.version, release.created.ToNanoseconds()
+        return any((each.federation, each.release, each.created) == named for each in self._active.values())
+
+    async def _on_disk(self, release: Release) -> bool:
+        return await asyncio.to_thread(self._store.has, release)
 
     async def _receive_shadow(self, release: Release) -> None:
         """Takes a release that is to be counted beside the active one; its publisher sends it again after a restart, so
@@ -143,6 +193,10 @@ class Registry:
         Raises:
             Refusal, InvalidBankError: it does not fit this service; the shadow before it has ended all the same.
         """
+        known = self._shadows.get(release.federation)
+        if known is not None and known.release == release:
+            await self._forget([release])
+            return
         self._shadows.pop(release.federation, None)
         await self._cast_shadow(release.federation)
         try:
@@ -158,14 +212,16 @@ class Registry:
     async def _cast_shadow(self, federation: str) -> None:
         """Puts the federation's shadow beside what is active, if there are both."""
         kept = self._shadows.get(federation)
-        active = [each for each in self._active.values() if each.federation == federation]
-        shadow = None
-        if kept is not None and active:
-            scorers = await _in_own_thread(partial(self._build, kept))
-            shadow = Shadow(federation, kept.release.version, scorers, kept.limits)
-            _log.info("release_in_shadow", federation=federation, release=kept.release.version)
-        for each in active:
-            each.lines.shadow = shadow
+        of_lines = {id(each.lines): each.lines for each in self._active.values() if each.federation == federation}
+        scorers = await _in_own_thread(partial(self._build, kept)) if kept is not None and of_lines else {}
+        for lines in of_lines.values():
+            if kept is None:
+                lines.shadow = None
+            elif lines.shadow is not None:  # the same one: another one has come only when this one had ended
+                lines.shadow.scorers = scorers
+            else:
+                lines.shadow = Shadow(federation, kept.release.version, scorers, kept.limits)
+                _log.info("release_in_shadow", federation=federation, release=kept.release.version)
 
     def find(self, federation: str, site: str) -> Active:
         """What scores images of a site; both names may be empty where there is only one.
@@ -224,11 +280,14 @@ class Registry:
 
     def _note(self, kept: Kept) -> list[Kept]:
         """Remembers a release; the ones that it takes the place of."""
+        if kept.release.kind != RELEASE_KIND_GLOBAL_MEMORY:
+            return self._note_generator(kept)
+        before = self._memories.get(kept.release.federation)
+        self._memories[kept.release.federation] = kept
+        return [] if before is None else [before]
+
+    def _note_generator(self, kept: Kept) -> list[Kept]:
         release = kept.release
-        if release.kind == RELEASE_KIND_GLOBAL_MEMORY:
-            before = self._memories.get(release.federation)
-            self._memories[release.federation] = kept
-            return [] if before is None else [before]
         known = self._generators.get((release.federation, release.site), [])
         same = [g for g in known if g.release.version == release.version]
         # As they came: where the aggregator has lost its disk, versions begin anew, and the newest is not the highest.
@@ -237,15 +296,21 @@ class Registry:
         return [*same, *came[:-GENERATORS_KEPT]]
 
     async def _forget(self, replaced: list[Release]) -> None:
-        used = [*self._memories.values(), *(g for generators in self._generators.values() for g in generators)]
+        memories = [*self._memories.values(), *self._waiting.values()]
+        used = [*memories, *(g for generators in self._generators.values() for g in generators)]
         await asyncio.to_thread(self._store.forget, replaced, [u.release for u in used])
 
     async def _activate(self, federation: str) -> None:
+        """Builds what scores anew, of the global memory and the memory generators that are here."""
         memory = self._memories.get(federation)
-        if memory is None:
+        if memory is not None:
+            await self._put_in_place(memory, await _in_own_thread(partial(self._build, memory)))
+
+    async def _put_in_place(self, memory: Kept, built: dict[str, Scorer]) -> None:
+        """Has scored by what was built of a global memory; where that is nothing, all stays as it is."""
+        if not built:
             return
-        release = memory.release
-        built = await _in_own_thread(partial(self._build, memory))
+        release, federation = memory.release, memory.release.federation
         lines = self._lines_of(memory)
         for site, scorer in built.items():
             before = self._active.get((federation, site))
@@ -256,6 +321,9 @@ class Registry:
                 metrics.RELEASE.labels(federation).set(active.release)
                 metrics.RELEASE_CREATED.labels(federation).set(release.created.ToMilliseconds() / 1000)
                 _log.info("release_active", federation=federation, site=active.site, release=active.release)
+        for name, site in list(self._active):  # those of a release with memory generators, after one without, and back
+            if name == federation and (site == _ANY_SITE) == release.needs_generator:
+                del self._active[name, site]
         try:
             await self._cast_shadow(federation)
         except Exception as error:  # noqa: BLE001 - a shadow must not keep a release from the lines
@@ -291,10 +359,11 @@ class Registry:
             for images in {1, self._settings.batch}:  # warm: the first requests must not pay for it
                 scorer.inspect(torch.zeros(images, 3, size, size))
             built[site] = scorer
-        # What is loaded stays. With it, each full garbage collection goes through 400,000 objects and stops all threads
-        # for 0.2 s, and comes so rarely that errors and the images in their frames pile up meanwhile.
-        gc.collect()
-        gc.freeze()
+        if built:
+            # What is loaded stays. With it, each full garbage collection goes through 400,000 objects and stops all
+            # threads for 0.2 s, and comes so rarely that errors and the images in their frames pile up meanwhile.
+            gc.collect()
+            gc.freeze()
         return built
 
     def _pairs(self, memory: Release) -> Iterator[tuple[str, Kept | None]]:

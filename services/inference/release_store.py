@@ -98,6 +98,10 @@ class ReleaseStore:
         write_record(path, release.SerializeToString(deterministic=True))
         self._lost.discard(_key_of(path))
 
+    def has(self, release: Release) -> bool:
+        """Whether `write` has kept a release, as it is now."""
+        return read_record(self._path(release)) == release.SerializeToString(deterministic=True)
+
     def forget(self, replaced: Iterable[Release], kept: Iterable[Release]) -> None:
         """Removes what only replaced releases used."""
         kept = list(kept)

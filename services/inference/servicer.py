@@ -40,6 +40,7 @@ from services.inference.registry import Registry
 from services.inference.scoring_status import scoring
 from services.inference.streams import answer_stream
 from services.runtime.errors import Refusal, invalid
+from services.runtime.rpc import caller_name
 from services.runtime.server import Service
 
 _MAP_KINDS: dict[MapFormat.ValueType, MapKind] = {
@@ -63,7 +64,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             "feddymem.v1.InspectionService",
             lambda server: inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self, server),
             access=dict.fromkeys(("Inspect", "InspectStream", "ReportFeedback", "GetInspectionStatus"), CALLERS),
-            admissions={"Inspect": lambda context: self._inspector.admit(context.peer(), context.time_remaining())},
+            admissions={"Inspect": self._inspector.admit},
         )
 
     async def Inspect(self, request: InspectRequest, context: _Context) -> InspectResponse:
@@ -94,7 +95,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
 
     async def _inspect(self, request: InspectRequest, context: _Context, patient: bool) -> InspectResponse:
         with counted() as ending:
-            inspection = _inspection(request, context.peer(), context.time_remaining(), patient)
+            inspection = _inspection(request, caller_name(context), context.time_remaining(), patient)
             result = await self._inspector.inspect(inspection)
             ending.anomalous = result.anomalous
             return _response(result)

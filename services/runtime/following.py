@@ -10,13 +10,19 @@ from grpc import aio
 
 from feddymem.client.tls import TlsError
 from feddymem.v1 import release_pb2_grpc
-from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
+from feddymem.v1.release_pb2 import (
+    RELEASE_KIND_GLOBAL_MEMORY,
+    RELEASE_KIND_MEMORY_GENERATOR,
+    Release,
+    ReleaseKind,
+    WatchReleasesRequest,
+)
 from services.runtime import metrics, tracing
 from services.runtime.array_store import ArrayStore
 from services.runtime.backoff import Backoff
 from services.runtime.changes import Changes
 from services.runtime.channels import connected
-from services.runtime.errors import as_refusal
+from services.runtime.errors import Refusal, as_refusal, precondition
 from services.runtime.identity import Role
 from services.runtime.logs import get_logger
 from services.runtime.publisher import download
@@ -26,6 +32,9 @@ from services.runtime.watching import watched
 
 WATCH_SECONDS = 60
 """Silence after which a watch of releases is begun anew."""
+
+_KINDS = {Role.AGGREGATOR: RELEASE_KIND_GLOBAL_MEMORY, Role.SITE: RELEASE_KIND_MEMORY_GENERATOR}
+"""What a publisher may send: no site may say what scores at another one."""
 
 Receive = Callable[[Release], Awaitable[None]]
 """Takes a release whose arrays are in the store."""
@@ -44,7 +53,7 @@ async def follow(
     """Watches a publisher for ever: downloads the arrays of each release that comes, then hands it over.
 
     Goes on where it was when the publisher or the line is gone for a while. With TLS the publisher must have the role,
-    and a site be the own one.
+    and a site be the own one. An aggregator's global memories are taken, and a site's memory generators; nothing else.
 
     Args:
         address: HOST:PORT of the publisher.
@@ -59,7 +68,8 @@ async def follow(
     while True:
         try:
             async with connected(address, settings, role) as channel:
-                follower = _Follower(address, release_pb2_grpc.ReleaseServiceStub(channel), arrays, settings, receive)
+                stub = release_pb2_grpc.ReleaseServiceStub(channel)
+                follower = _Follower(address, stub, arrays, settings, _KINDS[role], receive)
                 with metrics.connected_to(role):
                     await follower.run(WatchReleasesRequest(federations=federations))
         except (UnreachableError, TlsError) as error:
@@ -103,10 +113,11 @@ class _Follower:
         stub: release_pb2_grpc.ReleaseServiceAsyncStub,
         arrays: ArrayStore,
         settings: ClientSettings,
+        kind: ReleaseKind.ValueType,
         receive: Receive,
     ) -> None:
         self._publisher, self._stub, self._arrays, self._settings = publisher, stub, arrays, settings
-        self._receive = receive
+        self._kind, self._receive = kind, receive
         self._receiving = asyncio.Lock()
 
     async def run(self, request: WatchReleasesRequest) -> None:
@@ -131,8 +142,12 @@ class _Follower:
         messages = watched(self._stub.WatchReleases, request, WATCH_SECONDS)
         async with aclosing(messages):
             async for message in messages:
-                if message is not None:
+                if message is None:
+                    continue
+                if message.release.kind == self._kind:
                     yield message.release
+                else:
+                    self._tell(_foreign(message.release.kind, self._kind), message.release)
 
     async def _take_all(self, place: _Place) -> None:
         backoff = Backoff(self._settings)
@@ -160,3 +175,10 @@ class _Follower:
             log.error("release_failed", exc_info=error)
         else:
             log.error("release_refused", reason=refusal.text)
+
+
+def _foreign(kind: int, expected: ReleaseKind.ValueType) -> Refusal:
+    return precondition(
+        f"the release is of kind {kind}, and this publisher may send {ReleaseKind.Name(expected)} ({expected}) only; "
+        "check that `aggregator` and `edge_clients` name what they should"
+    )

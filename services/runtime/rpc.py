@@ -29,7 +29,7 @@ from services.runtime.identity import Identity, Role, caller, denied, expired, s
 from services.runtime.logs import get_logger
 from services.runtime.methods import is_ours, is_work
 from services.runtime.rate import Rate
-from services.runtime.receiving import SingleRequests, requests_of
+from services.runtime.receiving import Bodies, SingleRequests, requests_of
 
 RPCS_STARTED = Counter("feddymem_rpc_started_total", "RPCs started, by method.", ["method"])
 RPCS = Counter("feddymem_rpc_handled_total", "RPCs handled, by method and gRPC status code.", ["method", "code"])
@@ -41,12 +41,14 @@ RPC_SECONDS = Histogram(
 )
 RPCS_OVER_LIMIT = Counter(
     "feddymem_rpcs_over_limit_total",
-    "RPCs refused because who called has begun (limit rate) or holds open (limits open and streams) too many.",
+    "RPCs refused because who called has begun (limit rate) or holds open (limits open and streams) too many, or "
+    "because its request does not fit into memory (limit bytes).",
     ["method", "limit"],
 )
 
-Admission = Callable[[aio.ServicerContext[Any, Any]], None]
-"""Raises a `Refusal` where a request need not even be received."""
+Admission = Callable[[str, float | None], None]
+"""Raises a `Refusal` where a request need not even be received; is told who calls, see `caller_name`, and the seconds
+until that stops waiting, None for as long as it takes."""
 
 Access = frozenset[Role]
 """Roles that may call a method, where there is TLS."""
@@ -74,11 +76,15 @@ class RpcBoundary(aio.ServerInterceptor):
 
     Args:
         access: who may call, by full name of a method; a method that is not there, nobody.
-        admissions: of unary methods by full name; these may be called as often as they admit.
+        admissions: of unary methods by full name; these may be called as often as they admit, and are counted apart
+            among what is open: what they hold back keeps no other call out.
         audited: actions by full name of a method; that somebody may not call it is in the audit log.
         rpcs_per_second: of all other methods together, by one identity or, without TLS, from one address.
         open_rpcs: likewise, at once.
         open_streams: of methods that take a stream of requests, likewise.
+        admitted: how many requests the admissions let wait; so many more of their methods may be open, as it is for
+            the admissions to refuse what is too much, with a hint when to try again.
+        held_bytes: of requests in memory, of all callers; None for any number.
     """
 
     def __init__(
@@ -89,14 +95,18 @@ class RpcBoundary(aio.ServerInterceptor):
         rpcs_per_second: float,
         open_rpcs: int,
         open_streams: int,
+        admitted: int = 0,
+        held_bytes: int | None = None,
     ) -> None:
         self._access, self._admissions, self._audited = access, admissions, audited
         self._rpcs_per_second = rpcs_per_second
         self._begun, self._logged = Rate(rpcs_per_second), Rate(_LOGGED_PER_SECOND)
         self._open = _Open(open_rpcs, "open", "RPCs", "max_open_rpcs")
+        self._open_admitted = _Open(open_rpcs + admitted, "open", "RPCs", "max_open_rpcs")
         self._open_streams = _Open(open_streams, "streams", "streams of requests", "max_open_streams")
         # Apart, so that who sends slowly does not keep a probe from its host out.
         self._requests_of_ours, self._other_requests = SingleRequests(), SingleRequests()
+        self._bodies = Bodies(held_bytes)
         self._left_out: Tally[str] = Tally()
         self._busy: set[object] = set()
         self._changes = Changes()
@@ -134,7 +144,10 @@ class RpcBoundary(aio.ServerInterceptor):
         handle = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def handled(_requests: Any, context: _Context) -> Any:
-            async with self._call(method, context) as name, self._requests(method, name, context, handler) as requests:
+            async with (
+                self._call(method, context) as name,
+                self._requests(method, name, context, handler) as (requests, _answered),
+            ):
                 with self._in_work(method):  # not before: who sends slowly must not hold up a shutdown
                     return await handle(requests, context)
 
@@ -144,7 +157,10 @@ class RpcBoundary(aio.ServerInterceptor):
         handle = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def handled(_requests: Any, context: _Context) -> None:
-            async with self._call(method, context) as name, self._requests(method, name, context, handler) as requests:
+            async with (
+                self._call(method, context) as name,
+                self._requests(method, name, context, handler) as (requests, answered),
+            ):
                 with self._in_work(method):
                     responses = handle(requests, context)
                     if not isinstance(responses, AsyncGenerator):  # health writes by itself
@@ -153,6 +169,7 @@ class RpcBoundary(aio.ServerInterceptor):
                     async with aclosing(responses):
                         async for response in responses:
                             await context.write(response)
+                            answered()
 
         return handled
 
@@ -197,10 +214,8 @@ class RpcBoundary(aio.ServerInterceptor):
             )
         self._require_role(method, who, context)
         if admit:
-            admit(context)
-            yield name
-            return
-        with self._open.one_more(name, method):
+            admit(name, context.time_remaining())
+        with (self._open_admitted if admit else self._open).one_more(name, method):
             yield name
 
     def _require_role(self, method: str, who: Identity | None, context: _Context) -> None:
@@ -213,14 +228,22 @@ class RpcBoundary(aio.ServerInterceptor):
             raise denied(f"the certificate is that of {who}; {method} is for {roles}")
 
     @asynccontextmanager
-    async def _requests(self, method: str, name: str, context: _Context, handler: Any) -> AsyncIterator[Any]:
-        """What a handler takes: its one request, or an iterator over them."""
+    async def _requests(
+        self, method: str, name: str, context: _Context, handler: Any
+    ) -> AsyncIterator[tuple[Any, Callable[[], None]]]:
+        """What a handler takes, its one request or an iterator over them; and what is called for each answer of a
+        stream, which is that to the oldest request that has none."""
         if not handler.request_streaming:
             places = self._requests_of_ours if is_ours(method) else self._other_requests
-            yield await places.read(name, context, handler.request_deserializer)
+            request, size = await places.read(name, context, handler.request_deserializer)
+            if not self._bodies.fits(name, size):
+                RPCS_OVER_LIMIT.labels(method, "bytes").inc()
+                raise self._bodies.refusal(size)
+            with self._bodies.held(name, size):
+                yield request, lambda: None
             return
-        with self._open_streams.one_more(name, method):
-            yield requests_of(context, handler.request_deserializer)
+        with self._open_streams.one_more(name, method), self._bodies.of_stream(name) as bodies:
+            yield requests_of(context, handler.request_deserializer, bodies), bodies.answered
 
     def _refusal(self, method: str, context: _Context, error: Exception, request_id: str) -> Refusal:
         """What an error is answered with; logged once."""
@@ -310,8 +333,16 @@ async def _while_valid(context: _Context) -> AsyncIterator[None]:
         raise
 
 
+def caller_name(context: _Context) -> str:
+    """Who is counted as one: an identity or, without TLS, a host.
+
+    Raises:
+        Refusal: see `services.runtime.identity.caller`.
+    """
+    return _name(caller(context), context)
+
+
 def _name(who: Identity | None, context: _Context) -> str:
-    """Who is counted as one: an identity or, without TLS, a host."""
     return context.peer().rpartition(":")[0] if who is None else who.uri
 
 

@@ -65,6 +65,8 @@ async def listening(
     services: Sequence[Service],
     max_request_bytes: int = MAX_MESSAGE_BYTES,
     max_open_streams: int | None = None,
+    admitted: int = 0,
+    held_bytes: int | None = None,
 ) -> AsyncIterator[Readiness]:
     """Serves until the block is left, then drains: not ready, requests in flight finished, closed.
 
@@ -76,6 +78,9 @@ async def listening(
         services: what it serves beside health and reflection.
         max_request_bytes: largest request accepted.
         max_open_streams: of requests, that one caller may have open; None for as many as other RPCs.
+        admitted: how many requests the services' admissions let wait.
+        held_bytes: of requests in memory, of all callers; None for any number. What takes a stream of requests and
+            answers with one message must not be served with a number: its requests count until the stream ends.
 
     Raises:
         OSError: an address cannot be bound.
@@ -91,7 +96,14 @@ async def listening(
     audited = {f"/{service.name}/{name}": action for service in services for name, action in service.audited.items()}
     max_rpcs_per_second, max_open_rpcs = settings.max_rpcs_per_second, settings.max_open_rpcs
     boundary = RpcBoundary(
-        access, admissions, audited, max_rpcs_per_second, max_open_rpcs, max_open_streams or max_open_rpcs
+        access,
+        admissions,
+        audited,
+        max_rpcs_per_second,
+        max_open_rpcs,
+        max_open_streams or max_open_rpcs,
+        admitted,
+        held_bytes,
     )
     server = aio.server(
         interceptors=[boundary],

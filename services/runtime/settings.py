@@ -104,7 +104,10 @@ class ServiceSettings(BaseSettings):
         "single inspections do not count, they are refused where the queue is full",
     )
     max_open_rpcs: int = Field(
-        default=256, ge=1, description="RPCs, streams above all, that one identity or address may have open; likewise"
+        default=256,
+        ge=1,
+        description="RPCs, streams above all, that one identity or address may have open; single inspections count "
+        "apart, and as many more may be open as may wait",
     )
     drain_seconds: float = Field(
         default=20, ge=0, le=600, description="time for requests in flight to finish after SIGTERM, before they are cut"

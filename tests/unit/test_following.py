@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from feddymem.v1 import release_pb2_grpc
 from feddymem.v1.release_pb2 import (
     RELEASE_KIND_GLOBAL_MEMORY,
+    RELEASE_KIND_MEMORY_GENERATOR,
     DownloadArrayRequest,
     DownloadArrayResponse,
     Release,
@@ -43,16 +44,15 @@ SHADOW = 9
 
 def array(name: Name) -> WireArray:
     federation, version = name
-    return encode("items", np.frombuffer(f"{federation:>7}{version}".encode(), np.float32))
+    return encode("items", np.frombuffer(f"{federation:>11}{version}".encode(), np.float32))
 
 
 def release(name: Name) -> Release:
     federation, version = name
     arrays = [array(name).manifest]
     shadow = version == SHADOW
-    return Release(
-        federation=federation, version=version, kind=RELEASE_KIND_GLOBAL_MEMORY, arrays=arrays, shadow=shadow
-    )
+    kind = RELEASE_KIND_MEMORY_GENERATOR if federation == "generator" else RELEASE_KIND_GLOBAL_MEMORY
+    return Release(federation=federation, version=version, kind=kind, arrays=arrays, shadow=shadow)
 
 
 class ScriptedPublisher(release_pb2_grpc.ReleaseServiceServicer):
@@ -188,11 +188,13 @@ async def served(publisher: ScriptedPublisher) -> AsyncIterator[str]:
         await server.stop(None)
 
 
-async def _following(address: str, folder: Path, receive: Callable[[Release], Awaitable[None]]) -> None:
+async def _following(
+    address: str, folder: Path, receive: Callable[[Release], Awaitable[None]], role: Role = Role.AGGREGATOR
+) -> None:
     settings = ClientSettings(
         listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", state_dir=folder, aggregator=address, retry_seconds=0.01
     )
-    await follow(address, (), ArrayStore(folder / "arrays"), settings, Role.AGGREGATOR, receive)
+    await follow(address, (), ArrayStore(folder / "arrays"), settings, role, receive)
 
 
 async def test_a_download_that_takes_long_holds_up_no_other(
@@ -279,6 +281,27 @@ async def test_a_watch_that_says_nothing_is_begun_anew_and_nothing_is_received_t
     await until(receiver, lambda: ("screws", 1) in receiver.taken)
     assert sorted(receiver.begun) == [("parts", 1), ("screws", 1)]
     assert publisher.downloads.total() == 2
+
+
+@pytest.mark.parametrize("role", [Role.AGGREGATOR, Role.SITE])
+async def test_of_a_publisher_nothing_is_taken_that_it_may_not_send(
+    publisher: ScriptedPublisher, receiver: Receiver, tmp_path: Path, role: Role
+) -> None:
+    publisher.say(("parts", 1), ("generator", 1), ("parts", 2))
+    taken = {Role.AGGREGATOR: [("parts", 2)], Role.SITE: [("generator", 1)]}[role]
+    with capture_logs() as lines:
+        async with served(publisher) as address:
+            running = asyncio.create_task(_following(address, tmp_path, receiver.receive, role))
+            await until(receiver, lambda: receiver.taken[-1:] == taken)
+            async with asyncio.timeout(SECONDS):
+                while not (refused := [line for line in lines if line["event"] == "release_refused"]):  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+    assert {name for name, _version in receiver.begun} == {taken[0][0]}
+    assert {line["federation"] for line in refused} == {"parts", "generator"} - {taken[0][0]}
+    assert "may send RELEASE_KIND_" in refused[0]["reason"]
 
 
 async def test_an_address_that_cannot_be_one_ends_nothing(tmp_path: Path) -> None:

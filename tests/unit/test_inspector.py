@@ -24,6 +24,7 @@ from feddymem.verdicts import ReleaseLimits
 from services.inference import inspector as inspector_module
 from services.inference.batcher import Afterwards, Batcher, Scored
 from services.inference.inspector import Inspection, Inspector, Result
+from services.inference.large_images import LargeImages
 from services.inference.lines import Lines
 from services.inference.registry import Active, Registry
 from services.runtime.changes import Changes
@@ -61,6 +62,7 @@ class FakeBatcher:
         self.asked: list[tuple[EncodedImage | RawImage, str, float | None]] = []
         self.changes = Changes()
         self.waiting = asyncio.Event()
+        self.large_images = LargeImages(HEIGHT * WIDTH)
 
     async def inspect(
         self,

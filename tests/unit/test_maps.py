@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
 
+from feddymem import maps
 from feddymem.images import decode
 from feddymem.maps import HeatScale, coloured, heatmap_png
 
@@ -24,3 +27,21 @@ def test_a_heatmap_has_the_colours_of_its_scale(typical: float) -> None:
     scale = HeatScale.of_memory(typical)
     assert scale == HeatScale(0, 4 * typical)
     np.testing.assert_array_equal(decode(heatmap_png(distances, scale)), coloured(distances, scale))
+
+
+@pytest.mark.parametrize("band", [1, 20, 27, 53, 54, 1000])
+def test_a_heatmap_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch, band: int) -> None:
+    distances = np.random.default_rng(0).uniform(0, 5, (6, 9)).astype(np.float32)
+    monkeypatch.setattr(maps, "_BAND_PIXELS", band)
+    np.testing.assert_array_equal(decode(heatmap_png(distances, HeatScale(0, 4))), coloured(distances, HeatScale(0, 4)))
+
+
+def test_a_large_heatmap_takes_less_memory_than_its_map() -> None:
+    distances = np.zeros((4000, 4000), np.float32)
+    tracemalloc.start()
+    try:
+        heatmap_png(distances, HeatScale(0, 4))
+        _now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < distances.nbytes / 2

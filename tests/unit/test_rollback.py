@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -26,9 +27,13 @@ class Line:
     """The inference service of a site, over its restarts, and what its publishers send it."""
 
     def __init__(self, folder: Path, extractor: FeatureExtractor) -> None:
-        self._folder, self._space = folder, extractor.feature_space
+        self._folder, self.space = folder, extractor.feature_space
         self.registry = self._started()
-        self.registry._extractors[self._space.fingerprint] = extractor
+        self.learn(extractor)
+
+    def learn(self, extractor: FeatureExtractor) -> None:
+        """It has this backbone, too."""
+        self.registry._extractors[extractor.feature_space.fingerprint] = extractor
 
     def _started(self) -> Registry:
         settings = InferenceSettings(aggregator="127.0.0.1:1", state_dir=self._folder, device="cpu", max_batch=1)
@@ -40,30 +45,29 @@ class Line:
         self.registry._extractors = extractors
         await self.registry.load()
 
-    async def memory(self, version: int) -> None:
+    async def memory(self, version: int, needs_generator: bool = True, shadow: bool = False) -> None:
         """The aggregator publishes a global memory."""
         rng = np.random.default_rng(version)
-        items = rng.normal(size=(9, self._space.channels)).astype(np.float32)
+        items = rng.normal(size=(9, self.space.channels)).astype(np.float32)
         bank = MemoryBank(items, np.ones((9, 1), np.float32), np.ones(9, np.float32))
-        await self._receive(version, bank_to_wire(bank, "float16"))
+        fields = {"needs_generator": needs_generator, "shadow": shadow}
+        await self._receive(version, bank_to_wire(bank, "float16"), kind=RELEASE_KIND_GLOBAL_MEMORY, **fields)
 
     async def generator(self, version: int, site: str = "a") -> None:
         """The edge client publishes its generator: its scale is the version, so that a test can tell which it is."""
         torch.manual_seed(0)
-        generator = MemoryGenerator(self._space.channels, self._space.grid, scale=version + 1)
-        await self._receive(version, generator_to_wire(generator), site)
+        generator = MemoryGenerator(self.space.channels, self.space.grid, scale=version + 1)
+        await self._receive(version, generator_to_wire(generator), kind=RELEASE_KIND_MEMORY_GENERATOR, site=site)
 
-    async def _receive(self, version: int, arrays: list[WireArray], site: str = "") -> None:
+    async def _receive(self, version: int, arrays: list[WireArray], **fields: Any) -> None:
         for array in arrays:
             self.registry.arrays.put(array.manifest.sha256, array.data)
         release = Release(
             federation="parts",
             version=version,
-            kind=RELEASE_KIND_MEMORY_GENERATOR if site else RELEASE_KIND_GLOBAL_MEMORY,
-            site=site,
-            feature_space=feature_space_to_message(self._space),
+            feature_space=feature_space_to_message(self.space),
             arrays=[array.manifest for array in arrays],
-            needs_generator=not site,
+            **fields,
         )
         await self.registry.receive(release)
 

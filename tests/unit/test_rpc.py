@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from grpc import aio
 
 from services.runtime.errors import Refusal, not_found
-from services.runtime.rpc import RPC_SECONDS, RPCS, RPCS_STARTED, RpcBoundary
+from services.runtime.rpc import RPC_SECONDS, RPCS, RPCS_STARTED, Admission, RpcBoundary
 
 SECONDS = 30
 METHOD = "/feddymem.test.Mirror/Turn"
@@ -27,7 +27,7 @@ async def turn(request: bytes, context: Context) -> bytes:
 
 
 @asynccontextmanager
-async def served(admit: Callable[[Context], None]) -> AsyncIterator[aio.Channel]:
+async def served(admit: Admission) -> AsyncIterator[aio.Channel]:
     """A channel to a server of one method, which has an admission."""
     server = aio.server(interceptors=[RpcBoundary({}, {METHOD: admit}, {}, 1000, 100, 100)])
     service, _, name = METHOD[1:].partition("/")
@@ -42,11 +42,11 @@ async def served(admit: Callable[[Context], None]) -> AsyncIterator[aio.Channel]
         await server.stop(0)
 
 
-def refuse(context: Context) -> None:
+def refuse(name: str, seconds_left: float | None) -> None:
     raise REFUSAL
 
 
-def allow(context: Context) -> None:
+def allow(name: str, seconds_left: float | None) -> None:
     """Nothing is refused."""
 
 
@@ -103,7 +103,7 @@ async def test_a_call_is_counted_as_started_at_once_and_as_handled_when_it_has_e
 
     started, ended, timed = counts()
     admitted = asyncio.Event()
-    async with served(lambda _context: admitted.set()) as channel:
+    async with served(lambda _name, _seconds: admitted.set()) as channel:
         call: Any = channel.stream_unary(METHOD)(timeout=SECONDS)
         await asyncio.wait_for(admitted.wait(), SECONDS)
         assert counts() == (started + 1, ended, timed)

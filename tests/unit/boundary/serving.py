@@ -17,7 +17,7 @@ from feddymem.v1 import inspection_pb2_grpc
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectResponse, InspectStreamRequest, InspectStreamResponse
 from services.runtime.array_store import ArrayStore
 from services.runtime.audit import audited
-from services.runtime.errors import invalid
+from services.runtime.errors import Refusal, invalid
 from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 from services.runtime.server import Service, listening
@@ -38,18 +38,30 @@ METHODS = {
     f"{HEALTH}/List": "grpc.health.v1.HealthListRequest",
     REFLECTION: "grpc.reflection.v1alpha.ServerReflectionRequest",
 }
+FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many wait as are allowed; try again in 1 second")
 FAULT = RuntimeError("secret of /var/lib")
 
 
 class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
-    """Refuses, in the words of `site`, what has a site; fails where the federation is named `fault`.
+    """Refuses, in the words of `site`, what has a site; fails where the federation is named `fault`, and waits for
+    `let_go` where it is named `held`.
 
     Attributes:
-        begun: calls of Inspect of which nothing has been read.
+        begun: who has called Inspect, nothing of which has been read.
+        full: whether Inspect is refused before.
+        holding: calls of Inspect that have begun to wait.
     """
 
     def __init__(self) -> None:
         self.begun: asyncio.Queue[str] = asyncio.Queue()
+        self.full = False
+        self.holding: asyncio.Queue[None] = asyncio.Queue()
+        self.let_go = asyncio.Event()
+
+    def _admit(self, name: str, _seconds_left: float | None) -> None:
+        if self.full:
+            raise FULL
+        self.begun.put_nowait(name)
 
     async def Inspect(  # noqa: N802
         self, request: InspectRequest, context: Any
@@ -57,6 +69,9 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
         with audited(context, "inspect", request.federation, request.site):
             if request.federation == "fault":
                 raise FAULT
+            if request.federation == "held":
+                self.holding.put_nowait(None)
+                await self.let_go.wait()
             if request.site:
                 raise invalid(request.site)
         return InspectResponse(score=1)
@@ -85,7 +100,7 @@ class Inspections(inspection_pb2_grpc.InspectionServiceServicer):
                 ("Inspect", "InspectStream", "ReportFeedback", "GetInspectionStatus"), frozenset({Role.LINE})
             ),
             audited={"Inspect": "inspect"},
-            admissions={"Inspect": lambda context: self.begun.put_nowait(context.peer())},
+            admissions={"Inspect": self._admit},
         )
 
 
@@ -97,6 +112,8 @@ async def served(
     open_rpcs: int = 100,
     open_streams: int | None = None,
     inspections: Inspections | None = None,
+    admitted: int = 0,
+    held_bytes: int | None = None,
 ) -> AsyncIterator[str]:
     """The address of a server of releases, of which there are none, and of `Inspections`."""
     services = [(inspections or Inspections()).service]
@@ -113,7 +130,7 @@ async def served(
     publisher = Publisher(ArrayStore(folder / "arrays"), frozenset({Role.LINE}), lambda _who, _federation: True)
     services.append(publisher.service)
     with capture_logs() as lines:
-        async with listening(settings, Role.INFERENCE, services, MAX_REQUEST_BYTES, open_streams):
+        async with listening(settings, Role.INFERENCE, services, MAX_REQUEST_BYTES, open_streams, admitted, held_bytes):
             address = next(line["grpc"] for line in lines if line["event"] == "listening")
             yield address
 

@@ -25,6 +25,7 @@ from services.runtime.receiving import RECEIVED_AT_ONCE
 from services.runtime.rpc import RPCS, RPCS_OVER_LIMIT
 from tests.certificates import Authority
 from tests.unit.boundary.serving import (
+    FULL,
     HEALTH,
     INSPECTION,
     MAX_REQUEST_BYTES,
@@ -75,10 +76,56 @@ async def test_who_has_many_streams_open_gets_no_more_until_one_ends(tmp_path: P
                 assert await stream.read() is not aio.EOF
             code, details, _id = await outcome(other, f"{HEALTH}/Check", b"")
             assert (code, "more than 2 RPCs at once" in details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
-            assert (await outcome(other, f"{INSPECTION}/Inspect", b""))[0] is grpc.StatusCode.OK
+            assert (await outcome(other, f"{INSPECTION}/Inspect", b""))[0] is grpc.StatusCode.OK  # they count apart
             watching[0].cancel()
             while (await outcome(other, f"{HEALTH}/Check", b""))[0] is not grpc.StatusCode.OK:
                 pass
+
+
+async def test_of_single_inspections_one_caller_has_open_what_may_wait_beside_other_rpcs(tmp_path: Path) -> None:
+    method, inspections = f"{INSPECTION}/Inspect", Inspections()
+    before = RPCS_OVER_LIMIT.labels(method, "open")._value.get()
+    async with (
+        served(tmp_path, open_rpcs=2, admitted=3, inspections=inspections) as address,
+        aio.insecure_channel(address) as channel,
+        aio.insecure_channel(address) as other,
+    ):
+        silent = [begun_call(channel, method) for _ in range(5)]
+        begun = [await asyncio.wait_for(inspections.begun.get(), SECONDS) for _ in silent]
+        code, details, _id = await outcome(other, method, b"")
+        assert (code, "more than 5 RPCs at once" in details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+        assert set(begun) == {"ipv4:127.0.0.1"}  # whatever the connection
+        check: Any = other.unary_unary(f"{HEALTH}/Check")
+        assert await check(health_pb2.HealthCheckRequest(service="liveness").SerializeToString(), timeout=SECONDS)
+        for call in silent:
+            call.cancel()
+        while (await outcome(other, method, b""))[0] is not grpc.StatusCode.OK:
+            pass
+    assert RPCS_OVER_LIMIT.labels(method, "open")._value.get() > before
+
+
+async def test_a_caller_is_an_identity_whatever_its_connections(tmp_path: Path) -> None:
+    authority, inspections = Authority(tmp_path / "authority"), Inspections()
+    one, two = (authority.issue(Role.LINE, name) for name in ("one", "two"))
+    async with served(tmp_path, authority.issue(Role.INFERENCE, "berlin"), inspections=inspections) as address:
+        for who in (one, one, two):
+            async with async_channel_to(address, [], who) as channel:
+                assert (await outcome(channel, f"{INSPECTION}/Inspect", b""))[0] is grpc.StatusCode.OK
+    names = [inspections.begun.get_nowait() for _ in range(3)]
+    assert names == ["feddymem://line/one", "feddymem://line/one", "feddymem://line/two"]
+
+
+async def test_who_is_not_admitted_is_told_so_however_many_calls_are_open(tmp_path: Path) -> None:
+    method, inspections = f"{INSPECTION}/Inspect", Inspections()
+    async with (
+        served(tmp_path, open_rpcs=1, inspections=inspections) as address,
+        aio.insecure_channel(address) as channel,
+    ):
+        begun_call(channel, method)
+        await asyncio.wait_for(inspections.begun.get(), SECONDS)
+        inspections.full = True
+        code, details, _id = await outcome(channel, method, b"")
+        assert (code, details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, FULL.text)
 
 
 async def test_what_one_caller_sends_is_received_a_few_requests_at_a_time(tmp_path: Path) -> None:

@@ -90,10 +90,20 @@ class FakeInspector:
 
 
 class FakeContext:
-    """A call of `line-7` with five seconds left."""
+    """A call from 10.0.0.7 with five seconds left.
+
+    Args:
+        port: of the caller's end of the connection.
+    """
+
+    def __init__(self, port: int = 50_000) -> None:
+        self._port = port
 
     def peer(self) -> str:
-        return "line-7"
+        return f"ipv4:10.0.0.7:{self._port}"
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"transport_security_type": [b"insecure"]}
 
     def time_remaining(self) -> float:
         return 5.0

@@ -78,7 +78,7 @@ async def test_a_request_becomes_inspections_of_its_caller(
     answer = await servicer.ModelInfer(asked, CONTEXT)
     for inspection in inspector.seen:
         assert (inspection.federation, inspection.site, inspection.threshold) == ("screws", "hall", 0.5)
-        assert (inspection.map_kind, inspection.caller, inspection.seconds_left) == ("float32", "line-7", 5.0)
+        assert (inspection.map_kind, inspection.caller, inspection.seconds_left) == ("float32", "ipv4:10.0.0.7", 5.0)
     assert (answer.model_name, answer.model_version, answer.id) == ("screws", "3", "part-9")
     assert [output.name for output in answer.outputs] == ["anomaly_map", "score"]
     assert arrays(answer)["anomaly_map"].shape == (2, SIZE, SIZE)
