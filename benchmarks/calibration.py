@@ -100,12 +100,15 @@ class Pools:
 
 @dataclass(frozen=True)
 class Relearned:
-    """One site whose light changed; false-alarm rates are of its good test images in the new light, and in the old."""
+    """One site whose light changed: false-alarm rates of its good test images in the new light, and in the old; the share
+    of defects detected, and image AUROC, in the old."""
 
     before: float
     after: float
     old_light_before: float
     old_light_after: float
+    detected_before: float
+    detected_after: float
     auroc_before: float
     auroc_after: float
 
@@ -145,13 +148,13 @@ class Federations:
             new = {**train, changed.name: [*known, *(self._relit.files[light][path] for path in coming)]}
             before = self._of_site(changed, light, memory, train, method)
             after = self._of_site(changed, light, self._one_more_round(memory, new, method), new, method)
-            result[light] = Relearned(before[0], after[0], before[1], after[1], before[2], after[2])
+            result[light] = Relearned(*itertools.chain(*zip(before, after, strict=True)))
         return result
 
     def _of_site(
         self, site: SiteData, light: str, memory: MemoryBank, train: Mapping[str, Sequence[Path]], method: Method
-    ) -> tuple[float, float, float]:
-        """False-alarm rates in the new and the old light, and image AUROC in the old."""
+    ) -> tuple[float, float, float, float]:
+        """False-alarm rates in the new and the old light; share of defects detected, and image AUROC, in the old."""
         held_out = {name: self._held_out(paths, memory, method) for name, paths in train.items()}
         labels = np.array([image.defect for image in site.test], bool)
         scores = self._scores(memory, [image.path for image in site.test])
@@ -160,6 +163,7 @@ class Federations:
         return (
             anomalous.share(site.name, relit),
             anomalous.share(site.name, scores[~labels]),
+            anomalous.share(site.name, scores[labels]),
             auroc(labels, scores[:, 0]),
         )
 
@@ -287,6 +291,8 @@ def relearned(outcomes: Sequence[Relearned]) -> dict[str, object]:
         "auroc_drop": round(float(drops.mean()), 4),
         "before_by_seed": np.round(figures["before"], 4).tolist(),
         "after_by_seed": np.round(figures["after"], 4).tolist(),
+        "detected_before_by_seed": np.round(figures["detected_before"], 4).tolist(),
+        "detected_after_by_seed": np.round(figures["detected_after"], 4).tolist(),
         "auroc_drop_by_seed": drops.round(4).tolist(),
     }
 
