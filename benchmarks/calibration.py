@@ -100,8 +100,8 @@ class Pools:
 
 @dataclass(frozen=True)
 class Relearned:
-    """One site whose light changed: false-alarm rates of its good test images in the new light, and in the old; the share
-    of defects detected, and image AUROC, in the old."""
+    """One site whose light changed: false-alarm rates of its good test images in the new light, and in the old; the
+    share of defects detected, and image AUROC, in the old."""
 
     before: float
     after: float
