@@ -61,7 +61,7 @@ bool Inspect(v1::InspectionService::Stub& stub, const std::string& path, const s
   std::cout << path << ": score " << response.score() << ", " << Name(response.verdict()) << ", release "
             << response.release() << "\n";
   if (response.has_guarantee()) {
-    std::cout << "  p " << response.p_value() << "; of normal images at most " << response.guarantee().false_alarm_rate()
+    std::cout << "  p " << response.p_value() << "; of normal images on average " << response.guarantee().false_alarm_rate()
               << " are anomalous, by " << response.guarantee().images() << " of them\n";
   }
   return true;

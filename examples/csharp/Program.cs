@@ -82,7 +82,7 @@ public static class Program
             {
                 var known = response.Guarantee;
                 Console.WriteLine(
-                    $"  p {response.PValue}; of normal images at most {known.FalseAlarmRate} are anomalous, by {known.Images} of them");
+                    $"  p {response.PValue}; of normal images on average {known.FalseAlarmRate} are anomalous, by {known.Images} of them");
             }
             return true;
         }

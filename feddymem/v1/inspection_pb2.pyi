@@ -376,8 +376,9 @@ class Guarantee(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     OWN_SITE_FIELD_NUMBER: _builtins.int
     false_alarm_rate: _builtins.float
-    """Share of normal images that are called anomalous at most, if they are like those held out. Above the rate wanted where
-    too few were held out for it.
+    """Share of normal images that are called anomalous, if they are like those held out: at most that on average over
+    what may happen to be held out; of few images, it can be several times as much. Above the rate wanted where too few
+    were held out for it.
     """
     images: _builtins.int
     """Held-out images that it rests on."""

@@ -83,13 +83,15 @@ class Line:
     """The images of one site since the release came, or this service started.
 
     Args:
+        federation: its name.
         site: its name; empty for all that are taken together.
         limits: at the federation's false-alarm rate; None without a calibration.
         shown: its metrics.
     """
 
-    def __init__(self, site: str, limits: SiteLimits | None, shown: metrics.OfLine) -> None:
+    def __init__(self, federation: str, site: str, limits: SiteLimits | None, shown: metrics.OfLine) -> None:
         self.site, self.limits = site, limits
+        self._federation = federation
         self._shown, self._lock = shown, threading.Lock()
         self._images = self._alarms = 0
         self._recent: deque[bool] = deque(maxlen=_RECENT)
@@ -110,6 +112,8 @@ class Line:
             self._drift.add(score)
             if self._drift.found != before:
                 self._shown.drift.set(self._drift.found)
+                what = "drift_found" if self._drift.found else "drift_over"
+                _log.warning(what, federation=self._federation, site=self.site, images=self._images)
 
     def leave(self) -> None:
         """Another release takes the place of the one that scored."""
@@ -177,7 +181,7 @@ class Lines:
         with self._lock:
             if name not in self._lines:
                 limits = None if self.limits is None else self.limits.of(name)
-                self._lines[name] = Line(name, limits, shown)
+                self._lines[name] = Line(self.federation, name, limits, shown)
                 if limits is not None:
                     self._highest_rate = max(self._highest_rate, limits.scores.highest_rate(_BAND_IMAGES))
                     metrics.HIGHEST_RATE.labels(self.federation).set(self._highest_rate)
