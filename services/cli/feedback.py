@@ -7,9 +7,7 @@ from typing import Annotated, Final
 
 import typer
 from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from feddymem.client.tls import channel_to
 from feddymem.v1.feedback_pb2 import (
@@ -23,6 +21,7 @@ from feddymem.v1.feedback_pb2 import (
     Opinion,
 )
 from feddymem.v1.feedback_pb2_grpc import FeedbackServiceStub
+from services.cli.consoles import standard_output
 from services.cli.exit_codes import REFUSED, USAGE
 from services.cli.failures import asking, fail
 from services.cli.operator_calls import TIMEOUT_SECONDS, TlsDir
@@ -90,7 +89,7 @@ def list_feedback(
     if as_json:
         print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    Console().print(_table(answer))
+    standard_output().print(_table(answer))
 
 
 @feedback.command()
@@ -123,7 +122,7 @@ def _table(answer: ListFeedbackResponse) -> Table:
             _opinion(each),
             _decision(each),
             f"{each.size_bytes / 1024:.0f}",
-            Text(each.note),  # not markup
+            each.note,
         )
     return table
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Table
 
 from feddymem.client.tls import channel_to
 from feddymem.v1.inspection_pb2 import GetInspectionStatusRequest, GetInspectionStatusResponse, ScoringStatus
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
+from services.cli.consoles import standard_output
 from services.cli.failures import asking
 
 _TIMEOUT_SECONDS = 10
@@ -26,7 +26,7 @@ def inference_status(server: str, tls_dir: Path | None, federation: str, as_json
     if as_json:
         print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    console = Console()
+    console = standard_output()
     for name, states in itertools.groupby(response.scoring, key=lambda state: state.federation):
         console.print(_table(name, list(states)))
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import typer
 from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Column, Table
 
 from feddymem.v1.operator_pb2 import (
@@ -20,6 +19,7 @@ from feddymem.v1.operator_pb2 import (
     ListReleasesResponse,
     ShadowReleaseRequest,
 )
+from services.cli.consoles import standard_output
 from services.cli.exit_codes import REFUSED, USAGE
 from services.cli.failures import fail
 from services.cli.operator_calls import LOCAL, TIMEOUT_SECONDS, Federation, Server, TlsDir, call
@@ -56,7 +56,7 @@ def list_releases(
     if as_json:
         print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    Console().print(_table(federation, answer))
+    standard_output().print(_table(federation, answer))
 
 
 @release.command()
@@ -73,8 +73,8 @@ def show(
     if as_json:
         print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    Console().print(_checks(federation, answer))
-    Console().print(_alarms(answer))
+    standard_output().print(_checks(federation, answer))
+    standard_output().print(_alarms(answer))
 
 
 @release.command()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Table
 
 from feddymem.client.tls import channel_to
 from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase, SiteStatus
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
 from feddymem.v1.operator_pb2 import STANDING_JUDGED, Standing
+from services.cli.consoles import standard_output
 from services.cli.failures import asking
 
 _TIMEOUT_SECONDS = 10
@@ -26,7 +26,7 @@ def status(server: str, tls_dir: Path | None, federation: str, as_json: bool) ->
     if as_json:
         print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    console = Console()
+    console = standard_output()
     for state in response.federations:
         console.print(_table(state))
 
