@@ -23,10 +23,10 @@ from feddymem.client import InspectionClient, InspectionError, NotServedError, U
 from feddymem.datasets import DatasetError, SiteData, load_sites
 from feddymem.method import Method
 from feddymem.synthetic import write_products
-from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus
+from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus, Phase
 from services.cli.consoles import standard_error, standard_output
 from services.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE
-from services.cli.status import get_status, phase_name
+from services.cli.status import get_status
 from services.demo.local import local_image_auroc
 from services.demo.processes import Fleet, RunningService, ServiceFailedError
 from services.demo.prometheus import (
@@ -38,6 +38,7 @@ from services.demo.prometheus import (
     write_targets,
 )
 from services.demo.report import Report, ScoredImage, SiteReport, write_report
+from services.runtime.words import word_of
 
 _FEDERATION = "demo"
 _SHOWN = ("image_auroc", "local_image_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate")
@@ -190,7 +191,7 @@ def _follow_rounds(fleet: Fleet, aggregator: RunningService, show: object) -> Fe
         state = seen[0]
         delivered = sum(site.last_round >= state.round for site in state.sites)
         show(  # type: ignore[operator]
-            f"round {state.round} of {state.method.rounds}: {phase_name(state.phase)}, "
+            f"round {state.round} of {state.method.rounds}: {word_of(Phase.Name(state.phase))}, "
             f"{len(state.sites)} sites joined, {delivered} banks"
         )
         return state.phase == PHASE_DONE
