@@ -139,7 +139,7 @@ class JoinRequest(_message.Message):
     instance: _builtins.str
     """Random name that this edge client keeps for as long as it keeps its state directory."""
     images: _builtins.int
-    """Normal images in the caller's bank."""
+    """Normal images that the caller has, those among them that it holds out of its banks."""
     @_builtins.property
     def feature_space(self) -> _feature_space_pb2.FeatureSpace:
         """The caller's feature space."""
@@ -547,7 +547,7 @@ Global___CalibrateResponse: _TypeAlias = CalibrateResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
-    """Sent by anybody."""
+    """Sent by an operator, or by an edge client, which is shown its own federations, and of their sites itself."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -722,7 +722,9 @@ class SiteStatus(_message.Message):
     last_round: _builtins.int
     """Last round that a bank of the site was accepted in; 0 if none."""
     images: _builtins.int
-    """Images that the site's bank was made from."""
+    """Normal images that the site had when it joined last, those held out of its banks among them. An edge client joins
+    again when it finds another number.
+    """
     standing: _operator_pb2.Standing.ValueType
     """How the site's banks are treated."""
     quarantine: _builtins.str

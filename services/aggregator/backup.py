@@ -33,7 +33,8 @@ def backup(state_dir: Path, target: Path) -> None:
         target: the copy, whole or not there at all; a `state_dir` to start an aggregator with.
 
     Raises:
-        BackupError: no aggregator's state, something is at the target already, or an array is missing or damaged.
+        BackupError: no aggregator's state, something is at the target already, or the database or an array is
+            missing or damaged.
         OSError: the target cannot be written.
     """
     if not (state_dir / DATABASE).exists():
@@ -45,7 +46,13 @@ def backup(state_dir: Path, target: Path) -> None:
         with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
             copy = Path(part) / "state"
             copy.mkdir()
-            missing = _copy(state_dir, copy)
+            try:
+                missing = _copy(state_dir, copy)
+            except sqlite3.Error as error:
+                raise BackupError(
+                    f"{state_dir / DATABASE} cannot be copied to {target}: {error}; if it is damaged, keep the backups "
+                    'that you have: docs/runbooks.md, "Lose the aggregator\'s disk", needs one'
+                ) from error
             if missing is None:
                 copy.rename(target)
                 sync_folder(target.parent)

@@ -22,7 +22,7 @@ def check_sketches(said: CalibrateRequest, images: int, has_base: bool) -> None:
 
     Args:
         said: what it says.
-        images: normal images that it has.
+        images: normal images that it had when it joined.
         has_base: whether the round started from a global memory.
 
     Raises:
@@ -38,7 +38,7 @@ def check_sketches(said: CalibrateRequest, images: int, has_base: bool) -> None:
     if before != held_out:
         raise invalid(f"base is of {before} images, the candidate of {held_out}; expected the same images")
     if held_out > images:
-        raise invalid(f"{held_out} images are held out; site {said.site!r} has {images} in all")
+        raise invalid(f"{held_out} images are held out; site {said.site!r} joined with {images} in all; join again")
 
 
 def calibrated(

@@ -45,6 +45,22 @@ CREATE TABLE IF NOT EXISTS shadow (federation TEXT PRIMARY KEY, version INTEGER 
 """
 
 
+@contextmanager
+def database_of(folder: Path) -> Iterator[None]:
+    """Names the file in a folder where SQLite cannot read or write it in the block.
+
+    Raises:
+        OSError: it cannot; the text says which file, why, and what to do.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OSError(
+            f"{folder / DATABASE}: {error}; if it is damaged, put a backup in the place of {folder} (docs/runbooks.md, "
+            '"Lose the aggregator\'s disk")'
+        ) from error
+
+
 class Database:
     """The file in a folder, which is made where it is missing. What a statement writes is on disk when it returns.
 

@@ -34,6 +34,7 @@ from services.runtime.errors import Refusal, exists, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
 from services.runtime.publisher import Publisher
+from services.runtime.words import word_of
 
 _log = get_logger()
 
@@ -105,7 +106,7 @@ class Federation:
             self._count_refused("late")
             raise precondition(
                 f"round {header.round} of federation {self.name!r} is not open (round {self.rounds.number} is "
-                f"{Phase.Name(self.rounds.phase).removeprefix('PHASE_').lower()}); join its next round"
+                f"{word_of(Phase.Name(self.rounds.phase))}); join its next round"
             )
         if accepted is not None:
             self._count_refused("duplicate")

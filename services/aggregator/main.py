@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from services.aggregator.database import database_of
 from services.aggregator.federation import Federation
 from services.aggregator.operator_servicer import OperatorServicer
 from services.aggregator.servicer import FederationServicer
@@ -26,13 +27,13 @@ def main(args: list[str]) -> None:
     Raises:
         InvalidSettingsError: a setting is off.
         InvalidVariableError: a variable of OpenTelemetry is off.
-        OSError: an address cannot be bound, or the state folder cannot be written.
+        OSError: an address cannot be bound, the state folder cannot be written, or its database not be read.
         ValueError: the state folder is in use, or that of another version.
     """
     settings = load_settings(AggregatorSettings, args)
     configure_logs(settings.log_format)
     configure_hardware(settings.threads)
-    with exported_traces("aggregator"), owned(settings.state_dir):
+    with exported_traces("aggregator"), owned(settings.state_dir), database_of(settings.state_dir):
         asyncio.run(_serve(settings))
 
 

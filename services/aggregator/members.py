@@ -235,13 +235,13 @@ class Members:
 
 
 def check_images(images: int) -> None:
-    """Checks how many images a site says that it has.
+    """Checks how many images a site says that it has, or has made a bank from.
 
     Raises:
         Refusal: INVALID_ARGUMENT for none, or more than the database can have.
     """
     if not 1 <= images <= _MAX_IMAGES:
-        raise invalid(f"a bank of {images} images; expected 1 to {_MAX_IMAGES}")
+        raise invalid(f"{images} images; expected 1 to {_MAX_IMAGES}")
 
 
 def unknown_federation(name: str, site: str | None = None) -> Refusal:

@@ -6,6 +6,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from feddymem.release_checks import CHECKS
 from feddymem.v1.federation_pb2 import Phase
+from services.runtime.words import word_of
 
 _LABELS = ["federation"]
 _SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 86_400)
@@ -75,4 +76,4 @@ def show_settings(federation: str, quorum: int, deadline: float) -> None:
 def show_phase(federation: str, phase: Phase.ValueType) -> None:
     """Shows where a federation stands."""
     for name, number in Phase.items()[1:]:
-        PHASE.labels(federation, name.removeprefix("PHASE_").lower()).set(number == phase)
+        PHASE.labels(federation, word_of(name)).set(number == phase)

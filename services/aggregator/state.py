@@ -28,7 +28,7 @@ class Site:
     Attributes:
         name: name of the site.
         instance: the edge client that speaks for it.
-        images: normal images that it has, as it said when it joined or with its last bank.
+        images: normal images that it had when it joined, those held out of its banks among them.
     """
 
     name: str
@@ -220,15 +220,10 @@ class State:
         """A bank is accepted for its round from now on."""
         header = bank.header
         values = header.SerializeToString(deterministic=True), bank.received_bytes
-        with self._db.transaction():
-            self._db.execute(
-                "INSERT INTO bank (federation, round, site, header, received_bytes) VALUES (?, ?, ?, ?, ?)",
-                (header.federation, header.round, header.site, *values),
-            )
-            self._db.execute(  # there may be more of them than when it joined
-                "UPDATE site SET images = ? WHERE federation = ? AND name = ?",
-                (header.images, header.federation, header.site),
-            )
+        self._db.execute(
+            "INSERT INTO bank (federation, round, site, header, received_bytes) VALUES (?, ?, ?, ?, ?)",
+            (header.federation, header.round, header.site, *values),
+        )
 
     def remove_bank(self, federation: str, number: int, site: str) -> None:
         """A site's bank of a round was never accepted."""

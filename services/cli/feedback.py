@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from feddymem.client.tls import channel_to
 from feddymem.v1.feedback_pb2 import (
@@ -23,12 +20,11 @@ from feddymem.v1.feedback_pb2 import (
     Opinion,
 )
 from feddymem.v1.feedback_pb2_grpc import FeedbackServiceStub
+from services.cli.calls import EDGE_CLIENT, INFERENCE, TIMEOUT_SECONDS, AsJson, TlsDir, print_answer
 from services.cli.exit_codes import REFUSED, USAGE
 from services.cli.failures import asking, fail
-from services.cli.operator_calls import TIMEOUT_SECONDS, TlsDir
+from services.runtime.words import word_of
 
-_INFERENCE: Final = "127.0.0.1:7072"
-_EDGE_CLIENT: Final = "127.0.0.1:7071"
 _OPTIONS = [("grpc.max_receive_message_length", 16 * 2**20)]
 """As many notes as are kept may be more than the 4 MiB that gRPC takes by default."""
 _NAME_SHOWN = 12
@@ -53,7 +49,7 @@ def report(
     false_alarm: Annotated[bool, typer.Option("--false-alarm", help="It was called anomalous and is normal.")] = False,
     bad_part: Annotated[bool, typer.Option("--bad-part", help="The part is bad.")] = False,
     note: Annotated[str, typer.Option(help="Anything to add; at most 1,000 characters.")] = "",
-    server: Annotated[str, typer.Option(help="HOST:PORT of the inference service.")] = _INFERENCE,
+    server: Annotated[str, typer.Option(help="HOST:PORT of the inference service.")] = INFERENCE,
     tls_dir: TlsDir = None,
     federation: Annotated[str, typer.Option(help="Federation; needed where the service has several.")] = "",
     site: Annotated[str, typer.Option(help="Site; needed where the service has several.")] = "",
@@ -79,28 +75,25 @@ def report(
 @feedback.command(name="list")
 def list_feedback(
     undecided: Annotated[bool, typer.Option("--undecided", help="Only false alarms to be decided about.")] = False,
-    server: _EdgeClient = _EDGE_CLIENT,
+    server: _EdgeClient = EDGE_CLIENT,
     tls_dir: TlsDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is kept at the site, the newest first."""
     request = ListFeedbackRequest(undecided=undecided)
     with asking(server), channel_to(server, _OPTIONS, tls_dir) as channel:
         answer = FeedbackServiceStub(channel).ListFeedback(request, timeout=TIMEOUT_SECONDS)
-    if as_json:
-        print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-        return
-    Console().print(_table(answer))
+    print_answer(answer, as_json, [_table(answer)])
 
 
 @feedback.command()
-def accept(images: _Images, server: _EdgeClient = _EDGE_CLIENT, tls_dir: TlsDir = None) -> None:
+def accept(images: _Images, server: _EdgeClient = EDGE_CLIENT, tls_dir: TlsDir = None) -> None:
     """Have false alarms enter the site's next bank, and each one after that."""
     _decide(images, DECISION_ACCEPTED, "enters the next bank", server, tls_dir)
 
 
 @feedback.command()
-def reject(images: _Images, server: _EdgeClient = _EDGE_CLIENT, tls_dir: TlsDir = None) -> None:
+def reject(images: _Images, server: _EdgeClient = EDGE_CLIENT, tls_dir: TlsDir = None) -> None:
     """Keep images out of the bank, as from the next round; they make room first."""
     _decide(images, DECISION_REJECTED, "enters no bank", server, tls_dir)
 
@@ -123,14 +116,14 @@ def _table(answer: ListFeedbackResponse) -> Table:
             _opinion(each),
             _decision(each),
             f"{each.size_bytes / 1024:.0f}",
-            Text(each.note),  # not markup
+            each.note,
         )
     return table
 
 
 def _opinion(feedback: Feedback) -> str:
-    return Opinion.Name(feedback.opinion).removeprefix("OPINION_").lower().replace("_", " ")
+    return word_of(Opinion.Name(feedback.opinion)).replace("_", " ")
 
 
 def _decision(feedback: Feedback) -> str:
-    return Decision.Name(feedback.decision).removeprefix("DECISION_").lower() if feedback.decision else "-"
+    return word_of(Decision.Name(feedback.decision)) if feedback.decision else "-"

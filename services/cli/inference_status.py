@@ -6,29 +6,21 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Table
 
 from feddymem.client.tls import channel_to
 from feddymem.v1.inspection_pb2 import GetInspectionStatusRequest, GetInspectionStatusResponse, ScoringStatus
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
+from services.cli.calls import TIMEOUT_SECONDS, print_answer
 from services.cli.failures import asking
-
-_TIMEOUT_SECONDS = 10
-"""A person waits for the answer."""
 
 
 def inference_status(server: str, tls_dir: Path | None, federation: str, as_json: bool) -> None:
     """Prints what an inference service scores with, and how its scores compare with what they were calibrated to."""
     with asking(server):
         response = get_inspection_status(server, federation, tls_dir)
-    if as_json:
-        print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-        return
-    console = Console()
-    for name, states in itertools.groupby(response.scoring, key=lambda state: state.federation):
-        console.print(_table(name, list(states)))
+    federations = itertools.groupby(response.scoring, key=lambda state: state.federation)
+    print_answer(response, as_json, (_table(name, list(states)) for name, states in federations))
 
 
 def get_inspection_status(
@@ -42,7 +34,7 @@ def get_inspection_status(
     """
     with channel_to(server, [], tls_dir) as channel:
         return InspectionServiceStub(channel).GetInspectionStatus(
-            GetInspectionStatusRequest(federation=federation), timeout=_TIMEOUT_SECONDS
+            GetInspectionStatusRequest(federation=federation), timeout=TIMEOUT_SECONDS
         )
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -31,6 +30,7 @@ from feddymem.client import (
 )
 from feddymem.client.tls import TlsError
 from feddymem.datasets import SUFFIXES, DatasetError, list_images
+from services.cli.consoles import standard_error, standard_output
 from services.cli.exit_codes import FAILED, OK, REFUSED, SOME_IMAGES_FAILED, USAGE
 from services.runtime import trace_export
 from services.runtime.logs import configure_logs
@@ -41,7 +41,7 @@ _CSV_COLUMNS = (
     *("regions", "federation", "site", "release", "queue_seconds", "compute_seconds", "heatmap", "error", "code"),
 )
 
-_errors = Console(stderr=True, soft_wrap=True, highlight=False)
+_errors = standard_error()
 
 Sink = Callable[[dict[str, Any]], None]
 """Takes what became of each image, as `--json` prints it."""
@@ -145,7 +145,7 @@ def _inspect(asked: Inspection, paths: tuple[Path, ...], sinks: Sequence[Sink]) 
     started, counts = time.monotonic(), Counter[str]()
     for number, (path, outcome) in enumerate(_outcomes(asked, paths)):
         if isinstance(outcome, InspectionError):
-            _errors.print(f"feddymem: {path}: {outcome}", markup=False)
+            _errors.print(f"feddymem: {path}: {outcome}")
         if isinstance(outcome, UnavailableError | NotServedError):
             return REFUSED
         row = _row(path, outcome, _write_heatmap(asked.heatmaps, number, path, outcome))
@@ -265,7 +265,7 @@ class _Table:
 
     def print(self) -> None:
         if self._table.row_count:
-            Console().print(self._table)
+            standard_output().print(self._table)
 
 
 def _progress(asked: Inspection) -> Progress:
@@ -277,5 +277,5 @@ def _progress(asked: Inspection) -> Progress:
 
 
 def _fail(text: str, code: int) -> int:
-    _errors.print(f"feddymem: {text}", markup=False)
+    _errors.print(f"feddymem: {text}")
     return code

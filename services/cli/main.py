@@ -1,8 +1,7 @@
 """`feddymem`: start services, inspect images, see status, run the demo, compare methods.
 
 Exit codes: 0 done; 1 failed; 2 a wrong flag, setting or input folder; 3 a server cannot be reached or refuses; 4 some
-images could not
-be inspected; 130 interrupted.
+images could not be inspected; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Annotated
 import typer
 
 import feddymem
+from services.cli.calls import AGGREGATOR, INFERENCE, AsJson, Server, TlsDir
 from services.cli.certs import certs
 from services.cli.exit_codes import FAILED, INTERRUPTED, REFUSED, USAGE
 from services.cli.failures import fail
@@ -41,10 +41,6 @@ app.add_typer(operator, name="operator")
 app.add_typer(feedback, name="feedback")
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-_Server = Annotated[str, typer.Option(help="HOST:PORT of the service.")]
-_TlsDir = Annotated[
-    Path | None, typer.Option(help="Folder with tls.crt, tls.key and ca.crt; without it, no TLS: for this machine.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -100,8 +96,8 @@ def inspect(
     ],
     server: Annotated[
         str, typer.Option(help="HOST:PORT of the service, or a gRPC target; dns:///NAME:PORT goes round all addresses.")
-    ] = "127.0.0.1:7072",
-    tls_dir: _TlsDir = None,
+    ] = INFERENCE,
+    tls_dir: TlsDir = None,
     federation: Annotated[str, typer.Option(help="Federation; needed where the service has several.")] = "",
     site: Annotated[str, typer.Option(help="Site; needed where the service has several.")] = "",
     threshold: Annotated[
@@ -146,10 +142,10 @@ def inspect(
 
 @app.command()
 def status(
-    server: _Server = "127.0.0.1:7070",
-    tls_dir: _TlsDir = None,
+    server: Server = AGGREGATOR,
+    tls_dir: TlsDir = None,
     federation: Annotated[str, typer.Option(help="Only this federation.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
     inference: Annotated[str, typer.Option(help="HOST:PORT of an inference service, to show that one instead.")] = "",
 ) -> None:
     """Show federations, rounds, sites and releases of an aggregator, or what an inference service scores and finds."""

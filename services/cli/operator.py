@@ -15,7 +15,7 @@ from feddymem.v1.operator_pb2 import (
     SetStandingRequest,
     Standing,
 )
-from services.cli.operator_calls import LOCAL, TIMEOUT_SECONDS, Federation, Server, TlsDir, call
+from services.cli.calls import AGGREGATOR, TIMEOUT_SECONDS, Federation, Server, TlsDir, call
 
 operator = typer.Typer(
     help="Decide which sites take part in a federation. With TLS, for role operator.", no_args_is_help=True
@@ -25,28 +25,28 @@ _Site = Annotated[str, typer.Argument(help="Name of the site.")]
 
 
 @operator.command()
-def admit(federation: Federation, site: _Site, server: Server = LOCAL, tls_dir: TlsDir = None) -> None:
+def admit(federation: Federation, site: _Site, server: Server = AGGREGATOR, tls_dir: TlsDir = None) -> None:
     """Count a site's banks whatever the other sites' are like, that of the open round included."""
     _set_standing(federation, site, STANDING_ADMITTED, server, tls_dir)
     typer.echo(f"banks of {site} count in {federation}")
 
 
 @operator.command()
-def judge(federation: Federation, site: _Site, server: Server = LOCAL, tls_dir: TlsDir = None) -> None:
+def judge(federation: Federation, site: _Site, server: Server = AGGREGATOR, tls_dir: TlsDir = None) -> None:
     """Compare a site's banks with those of the others again, as from the start: takes `admit` and `ban` back."""
     _set_standing(federation, site, STANDING_JUDGED, server, tls_dir)
     typer.echo(f"banks of {site} are judged in {federation}")
 
 
 @operator.command()
-def ban(federation: Federation, site: _Site, server: Server = LOCAL, tls_dir: TlsDir = None) -> None:
+def ban(federation: Federation, site: _Site, server: Server = AGGREGATOR, tls_dir: TlsDir = None) -> None:
     """Let a site take part no more, and leave it out of the next round's global memory."""
     _set_standing(federation, site, STANDING_BANNED, server, tls_dir)
     typer.echo(f"{site} is banned from {federation}")
 
 
 @operator.command()
-def remove(federation: Federation, site: _Site, server: Server = LOCAL, tls_dir: TlsDir = None) -> None:
+def remove(federation: Federation, site: _Site, server: Server = AGGREGATOR, tls_dir: TlsDir = None) -> None:
     """Forget a site that has left, so that no round waits for it; it may join again."""
     request = RemoveSiteRequest(federation=federation, site=site)
     call(server, tls_dir, lambda stub: stub.RemoveSite(request, timeout=TIMEOUT_SECONDS))

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Column, Table
 
 from feddymem.v1.operator_pb2 import (
@@ -20,10 +18,9 @@ from feddymem.v1.operator_pb2 import (
     ListReleasesResponse,
     ShadowReleaseRequest,
 )
+from services.cli.calls import AGGREGATOR, TIMEOUT_SECONDS, AsJson, Federation, Server, TlsDir, call, print_answer
 from services.cli.exit_codes import REFUSED, USAGE
 from services.cli.failures import fail
-from services.cli.operator_calls import LOCAL, TIMEOUT_SECONDS, Federation, Server, TlsDir, call
-from services.runtime.messages import site_calibration_from_message
 
 _NEWEST, _NONE = "newest", "none"
 _LARGEST = 2**32 - 1
@@ -47,41 +44,34 @@ _IfActive = Annotated[
 @release.command(name="list")
 def list_releases(
     federation: Federation,
-    server: Server = LOCAL,
+    server: Server = AGGREGATOR,
     tls_dir: TlsDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the releases that can be activated, oldest first: when each was made, from what, and which one is active."""
     answer = _list(federation, server, tls_dir)
-    if as_json:
-        print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-        return
-    Console().print(_table(federation, answer))
+    print_answer(answer, as_json, [_table(federation, answer)])
 
 
 @release.command()
 def show(
     federation: Federation,
     version: _Version,
-    server: Server = LOCAL,
+    server: Server = AGGREGATOR,
     tls_dir: TlsDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show one release: its checks, and how it scores the normal images that each site has held out."""
     request = GetReleaseRequest(federation=federation, version=version)
     answer = call(server, tls_dir, lambda stub: stub.GetRelease(request, timeout=TIMEOUT_SECONDS))
-    if as_json:
-        print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-        return
-    Console().print(_checks(federation, answer))
-    Console().print(_alarms(answer))
+    print_answer(answer, as_json, [_checks(federation, answer), _alarms(answer)])
 
 
 @release.command()
 def shadow(
     federation: Federation,
     version: Annotated[str, typer.Argument(help="Version of the release, or `none` to end it.")],
-    server: Server = LOCAL,
+    server: Server = AGGREGATOR,
     tls_dir: TlsDir = None,
 ) -> None:
     """Have a release score alongside the active one: only counted is what it would say, see docs/metrics.md."""
@@ -98,7 +88,7 @@ def activate(
         str, typer.Argument(help="Version of the release, or `newest` for that of each round that passes its checks.")
     ],
     if_active: _IfActive = None,
-    server: Server = LOCAL,
+    server: Server = AGGREGATOR,
     tls_dir: TlsDir = None,
 ) -> None:
     """Activate a release, earlier or later; it stays active until the next call."""
@@ -107,7 +97,7 @@ def activate(
 
 @release.command()
 def rollback(
-    federation: Federation, if_active: _IfActive = None, server: Server = LOCAL, tls_dir: TlsDir = None
+    federation: Federation, if_active: _IfActive = None, server: Server = AGGREGATOR, tls_dir: TlsDir = None
 ) -> None:
     """Activate the last kept release before the active one that has passed its checks; it stays active until the next
     call."""
@@ -181,6 +171,8 @@ def _checks(federation: str, answer: GetReleaseResponse) -> Table:
 
 def _alarms(answer: GetReleaseResponse) -> Table:
     """How a site's held-out images are scored; the median is that of what the sketch tells."""
+    from services.runtime.messages import site_calibration_from_message  # loads torch, see main.py
+
     title = f"normal images held out, at a false-alarm rate of {answer.false_alarm_rate:g}"
     table = Table("site", "held out", "median score", "threshold", "alarms", "guaranteed rate", title=title)
     for site in answer.sites:

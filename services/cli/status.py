@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 from rich.table import Table
 
 from feddymem.client.tls import channel_to
 from feddymem.v1.federation_pb2 import FederationStatus, GetStatusRequest, GetStatusResponse, Phase, SiteStatus
 from feddymem.v1.federation_pb2_grpc import FederationServiceStub
 from feddymem.v1.operator_pb2 import STANDING_JUDGED, Standing
+from services.cli.calls import TIMEOUT_SECONDS, print_answer
 from services.cli.failures import asking
+from services.runtime.words import word_of
 
-_TIMEOUT_SECONDS = 10
-"""A person waits for the answer."""
 _ROUNDS_SHOWN = 5
 
 
@@ -23,12 +21,7 @@ def status(server: str, tls_dir: Path | None, federation: str, as_json: bool) ->
     """Prints the state of an aggregator's federations."""
     with asking(server):
         response = get_status(server, federation, tls_dir)
-    if as_json:
-        print(MessageToJson(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-        return
-    console = Console()
-    for state in response.federations:
-        console.print(_table(state))
+    print_answer(response, as_json, map(_table, response.federations))
 
 
 def get_status(server: str, federation: str = "", tls_dir: Path | None = None) -> GetStatusResponse:
@@ -40,7 +33,7 @@ def get_status(server: str, federation: str = "", tls_dir: Path | None = None) -
     """
     with channel_to(server, [], tls_dir) as channel:
         return FederationServiceStub(channel).GetStatus(
-            GetStatusRequest(federation=federation), timeout=_TIMEOUT_SECONDS
+            GetStatusRequest(federation=federation), timeout=TIMEOUT_SECONDS
         )
 
 
@@ -48,7 +41,7 @@ def _table(state: FederationStatus) -> Table:
     held = " (held)" if state.release_held else ""
     waits = f", waits for {state.waits_for}" if state.waits_for else ""
     title = (
-        f"{state.federation}: {phase_name(state.phase)}, round {state.round} of {state.method.rounds}, "
+        f"{state.federation}: {word_of(Phase.Name(state.phase))}, round {state.round} of {state.method.rounds}, "
         f"release {state.release or 'none'}{held}, quorum {state.quorum}{waits}"
     )
     shadow = f", {state.shadow_release} in the shadow" if state.shadow_release else ""
@@ -80,14 +73,4 @@ def _treatment(site: SiteStatus) -> str:
     """How the site's banks are treated; of a judged one, why the last one was left out."""
     if site.standing == STANDING_JUDGED and site.quarantine:
         return f"quarantine: {site.quarantine}"
-    return standing_name(site.standing)
-
-
-def standing_name(standing: Standing.ValueType) -> str:
-    """A standing in lower case: judged, admitted or banned."""
-    return Standing.Name(standing).removeprefix("STANDING_").lower()
-
-
-def phase_name(phase: Phase.ValueType) -> str:
-    """A phase in lower case: waiting, open, aggregating, calibrating or done."""
-    return Phase.Name(phase).removeprefix("PHASE_").lower()
+    return word_of(Standing.Name(site.standing))

@@ -23,9 +23,10 @@ from feddymem.client import InspectionClient, InspectionError, NotServedError, U
 from feddymem.datasets import DatasetError, SiteData, load_sites
 from feddymem.method import Method
 from feddymem.synthetic import write_products
-from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus
+from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus, Phase
+from services.cli.consoles import standard_error, standard_output
 from services.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE
-from services.cli.status import get_status, phase_name
+from services.cli.status import get_status
 from services.demo.local import local_image_auroc
 from services.demo.processes import Fleet, RunningService, ServiceFailedError
 from services.demo.prometheus import (
@@ -37,6 +38,7 @@ from services.demo.prometheus import (
     write_targets,
 )
 from services.demo.report import Report, ScoredImage, SiteReport, write_report
+from services.runtime.words import word_of
 
 _FEDERATION = "demo"
 _SHOWN = ("image_auroc", "local_image_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate")
@@ -54,7 +56,7 @@ def demo(data: Path | None, out: Path, with_prometheus: bool = False) -> int:
         with_prometheus: has a Prometheus watch it, and leaves all of it running until it is interrupted.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    console = Console(stderr=True, soft_wrap=True)
+    console = standard_error()
     try:
         prometheus = find_prometheus() if with_prometheus else None
         with tempfile.TemporaryDirectory(prefix="feddymem-demo-") as name, Fleet(Path(name) / "services") as fleet:
@@ -64,18 +66,18 @@ def demo(data: Path | None, out: Path, with_prometheus: bool = False) -> int:
                 write_products(data)
             report = _run(fleet, load_sites(data), folder, prometheus, console)
             write_report(report, out)
-            Console().print(_table(report))
-            console.print(f"report: {out / 'report.html'} and {out / 'report.json'}", markup=False)
+            standard_output().print(_table(report))
+            console.print(f"report: {out / 'report.html'} and {out / 'report.json'}")
             if prometheus is not None:
                 _stay(fleet, console)
     except KeyboardInterrupt:
         console.print("feddymem demo: interrupted; all services are stopped")
         return INTERRUPTED
     except DatasetError as error:
-        console.print(f"feddymem demo: {error}", markup=False)
+        console.print(f"feddymem demo: {error}")
         return USAGE
     except (NoPrometheusError, ServiceFailedError) as error:
-        console.print(f"feddymem demo: {error}", markup=False)
+        console.print(f"feddymem demo: {error}")
         return FAILED
     return OK
 
@@ -154,9 +156,9 @@ def _watch(fleet: Fleet, services: _Services, program: str, folder: Path, consol
     others = [Target(services.aggregator.metrics, "aggregator"), Target(services.inference.metrics, "inference", "all")]
     write_targets(folder, [*edges, *others])
     address = start_prometheus(fleet, program, folder)
-    console.print(f"prometheus: http://{address} (its alerts: http://{address}/alerts)", markup=False)
+    console.print(f"prometheus: http://{address} (its alerts: http://{address}/alerts)")
     for service in (services.aggregator, *services.edges.values(), services.inference):
-        console.print(f"{service.name}: gRPC at {service.grpc}, http://{service.metrics}/metrics", markup=False)
+        console.print(f"{service.name}: gRPC at {service.grpc}, http://{service.metrics}/metrics")
 
 
 def _stay(fleet: Fleet, console: Console) -> None:
@@ -189,7 +191,7 @@ def _follow_rounds(fleet: Fleet, aggregator: RunningService, show: object) -> Fe
         state = seen[0]
         delivered = sum(site.last_round >= state.round for site in state.sites)
         show(  # type: ignore[operator]
-            f"round {state.round} of {state.method.rounds}: {phase_name(state.phase)}, "
+            f"round {state.round} of {state.method.rounds}: {word_of(Phase.Name(state.phase))}, "
             f"{len(state.sites)} sites joined, {delivered} banks"
         )
         return state.phase == PHASE_DONE

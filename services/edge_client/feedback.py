@@ -7,6 +7,7 @@ and nothing counts without its record: whoever is told that an image is kept wil
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import grpc
 
+from feddymem.extraction import Stamp, stamp_of
 from feddymem.v1.feedback_pb2 import (
     DECISION_ACCEPTED,
     DECISION_REJECTED,
@@ -53,6 +55,7 @@ class FeedbackStore:
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
         self._kept: dict[str, Feedback] = {}
+        self._found_whole: dict[str, Stamp] = {}
         make_folder(folder)
         self._load()
 
@@ -122,15 +125,15 @@ class FeedbackStore:
             return before.image
 
     def accepted(self) -> tuple[Path, ...]:
-        """Files of the false alarms that are to enter the bank, in the order of their names; each is read, and one that
-        was damaged is left out and in quarantine.
+        """Files of the false alarms that are to enter the bank, in the order of their names. Each is read once, and
+        again when it has changed; one that was damaged is left out and in quarantine.
 
         Raises:
             OSError: the folder cannot be read or written.
         """
         with self._lock:
             names = sorted(name for name, each in self._kept.items() if _state(each) == "accepted")
-            damaged = {name for name in names if not self._whole(name)}
+            damaged = {name for name in names if not (self._unchanged(name) or self._whole(name))}
             for name in damaged:
                 self._discard(name)
             return tuple(self._image(name) for name in names if name not in damaged)
@@ -174,7 +177,18 @@ class FeedbackStore:
         """Whether an image is on disk, as it came."""
         try:
             with self._image(name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == name
+                stamp = stamp_of(os.fstat(file.fileno()))
+                whole = hashlib.file_digest(file, "sha256").hexdigest() == name
+        except FileNotFoundError:
+            return False
+        if whole:
+            self._found_whole[name] = stamp
+        return whole
+
+    def _unchanged(self, name: str) -> bool:
+        """Whether an image is, by its size and time, what it was when it was found whole."""
+        try:
+            return self._found_whole.get(name) == stamp_of(self._image(name).stat())
         except FileNotFoundError:
             return False
 
@@ -203,6 +217,7 @@ class FeedbackStore:
     def _remove(self, name: str) -> None:
         """The record first: an image without one goes at the next start."""
         self._kept.pop(name, None)
+        self._found_whole.pop(name, None)
         self._record(name).unlink(missing_ok=True)
         self._image(name).unlink(missing_ok=True)
         self._show()

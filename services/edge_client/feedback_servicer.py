@@ -31,6 +31,7 @@ from services.runtime.errors import Refusal, not_found
 from services.runtime.feedback import OPINIONS, require_feedback
 from services.runtime.identity import Identity, Role, caller, denied
 from services.runtime.server import Service
+from services.runtime.words import word_of
 
 _Context = aio.ServicerContext[Any, Any]
 _ACCESS = {
@@ -98,7 +99,7 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
     async def DecideFeedback(self, request: DecideFeedbackRequest, context: _Context) -> DecideFeedbackResponse:
         """See feedback.proto."""
         known = request.decision in Decision.values()
-        decision = Decision.Name(request.decision).removeprefix("DECISION_").lower() if known else "?"
+        decision = word_of(Decision.Name(request.decision)) if known else "?"
         image = request.image if re.fullmatch(r"[0-9a-f]{1,64}", request.image) else "?"
         with audited(context, f"{decision} {image}", self._settings.federation, self._settings.site):
             store = self._require(Role.SITE, context)

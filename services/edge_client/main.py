@@ -12,6 +12,7 @@ from services.edge_client.feedback import FeedbackStore
 from services.edge_client.feedback_servicer import FeedbackServicer
 from services.edge_client.images import SiteImages
 from services.edge_client.participant import Participant
+from services.edge_client.round_work import RoundWork
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
 from services.runtime.files import owned
@@ -80,7 +81,8 @@ async def _take_part(
     arrivals = await computing.run(Arrivals, state.arrivals)
     features, progress = state.features, computing.progress
     images = await computing.run(SiteImages, settings, extractor, features, progress, kept.accepted, arrivals)
-    participant = Participant(settings, images, device, state, publisher, computing)
+    work = RoundWork(settings, images, device, state, publisher, computing)
+    participant = Participant(settings, images, state, work, computing)
     await participant.look()
     await readiness.set(True)
     await participant.run()

@@ -1,11 +1,9 @@
-"""A site's part in its federation: join, follow the rounds, make and upload a bank in each, calibrate what comes of it,
-publish the memory generator."""
+"""A site's part in its federation: joins, follows the rounds, and brings the aggregator what each of them asks for."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing
-from typing import Any
 
 import grpc
 from grpc import aio
@@ -13,9 +11,7 @@ from grpc import aio
 from feddymem.client.tls import TlsError
 from feddymem.datasets import DatasetError
 from feddymem.feature_cache import CachedPatches
-from feddymem.generator import MemoryGenerator
 from feddymem.images import ImageError
-from feddymem.local_update import LocalUpdate, local_update, new_generator
 from feddymem.memory import MemoryBank
 from feddymem.method import Method
 from feddymem.v1 import federation_pb2_grpc, release_pb2_grpc
@@ -30,34 +26,26 @@ from feddymem.v1.federation_pb2 import (
     WatchRoundsRequest,
     WatchRoundsResponse,
 )
-from feddymem.v1.release_pb2 import RELEASE_KIND_MEMORY_GENERATOR, Release
 from services.edge_client import metrics
-from services.edge_client.calibration import calibration_of
 from services.edge_client.computing import Computing, tell_disk_full
 from services.edge_client.images import SiteImages
+from services.edge_client.round_work import RoundWork
 from services.edge_client.settings import EdgeClientSettings
-from services.edge_client.state import EdgeState, Outcome
+from services.edge_client.state import EdgeState
 from services.edge_client.upload import upload_bank
 from services.runtime import tracing
-from services.runtime.arrays import WireArray, bank_from_wire, bank_to_wire
+from services.runtime.arrays import bank_from_wire
 from services.runtime.backoff import Backoff
 from services.runtime.channels import connected
 from services.runtime.errors import Refusal, is_disk_full
 from services.runtime.identity import Role
 from services.runtime.logs import get_logger
-from services.runtime.messages import (
-    candidate_items,
-    feature_space_to_message,
-    generator_from_wire,
-    generator_to_wire,
-    method_from_message,
-)
-from services.runtime.publisher import Publisher, download
+from services.runtime.messages import candidate_items, feature_space_to_message, method_from_message
+from services.runtime.publisher import download
 from services.runtime.server_identity import UnreachableError
 from services.runtime.watching import watched
 
 _log = get_logger()
-
 
 _REFUSED = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
@@ -76,10 +64,6 @@ _BELIEVED_WITHOUT_TLS = 3
 as in the name of a method or in a status, makes one that nobody meant. With TLS the first one ends it."""
 
 
-_NO_ROUND = 0
-"""Version of a memory generator that no round has made: older than all others."""
-
-
 class _Aggregator:
     """The aggregator, for as long as one connection to it lasts."""
 
@@ -93,28 +77,31 @@ class ParticipationError(RuntimeError):
 
 
 class Participant:
-    """Takes part in every round of one federation. Lives on one event loop; computes in threads."""
+    """Takes part in every round of one federation. Lives on one event loop.
+
+    Args:
+        settings: of the edge client.
+        images: of the site.
+        state: has the bank of the last round.
+        work: makes what the aggregator asks for.
+        computing: for long work.
+    """
 
     def __init__(
         self,
         settings: EdgeClientSettings,
         images: SiteImages,
-        device: str,
         state: EdgeState,
-        publisher: Publisher,
+        work: RoundWork,
         computing: Computing,
     ) -> None:
-        self._settings, self._images, self._device = settings, images, device
-        self._state, self._publisher, self._computing = state, publisher, computing
+        self._settings, self._images, self._state = settings, images, state
+        self._work, self._computing = work, computing
         self._identity = {"federation": settings.federation, "site": settings.site, "instance": state.instance}
         self._waits_for = ""
         self._patches: CachedPatches | None = None
         self._joined_images = self._uploaded = self._refusals = 0
-        self._calibration = CalibrateRequest()
-        self._calibrated: tuple[int, bytes] | None = None
-        generator = state.last().generator
-        if generator is not None:
-            publisher.publish(generator)
+        self._calibration, self._calibrated = CalibrateRequest(), False
 
     async def look(self) -> CachedPatches:
         """Patch features of the images that are in the folder now.
@@ -167,7 +154,7 @@ class Participant:
         """Follows the rounds for as long as the connection lasts; whether the federation is done and that is all."""
         method = await self._join(aggregator)
         # The aggregator may have forgotten both; if not, no byte of the bank is sent again.
-        self._uploaded, self._calibrated = 0, None
+        self._uploaded, self._calibrated = 0, False
         async with aclosing(self._events(aggregator)) as events:
             async for event in events:
                 if event is None:
@@ -230,7 +217,7 @@ class Participant:
                 await self._calibrate(event, method, aggregator)
         if event.phase == PHASE_DONE:
             if method.generator and self._state.last().generator is None:
-                await self._publish_untrained(method)
+                await self._work.publish_untrained(method, self._patches or await self.look())
             _log.info("federation_done", federation=self._settings.federation, rounds=event.round)
             return True
         return False
@@ -251,34 +238,9 @@ class Participant:
     async def _make_bank(self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator) -> BankHeader:
         with tracing.span("extraction") as extraction:
             present = await self._present(aggregator)
-            patches, held_out = await self._computing.run(present.split, method.hold_out_share, method.seed)
-            tracing.note(extraction, images=patches.images)
-        metrics.HELD_OUT.set(0 if held_out is None else held_out.images)
+            tracing.note(extraction, images=present.images)
         memory = await self._download(event.memory, aggregator) if event.HasField("memory") else None
-        # Without a memory the federation begins, or begins anew with an aggregator that has lost its disk.
-        generator = self._load_generator() if method.generator and memory is not None else None
-        with tracing.span("local update") as local, metrics.UPDATE_SECONDS.time():
-            update = await self._computing.run(
-                local_update,
-                patches,
-                memory,
-                generator,
-                method,
-                event.round,
-                self._computing.progress,
-                self._device,
-            )
-            tracing.note(local, items=len(update.bank))
-        _log.info("bank_made", round=event.round, images=patches.images, items=len(update.bank), loss=update.loss)
-        metrics.BANK_ITEMS.set(len(update.bank))
-        metrics.REDUCE_RATIO.set(len(update.bank) / (patches.images * self._images.feature_space.patches))
-        if update.loss is not None:
-            metrics.LOSS.set(update.loss)
-        outcome = await self._computing.run(self._keep, update, event, method, patches, held_out)
-        if outcome.generator is not None:
-            self._publisher.publish(outcome.generator)
-        assert outcome.bank is not None
-        return outcome.bank
+        return await self._work.make_bank(event, method, present, memory)
 
     async def _present(self, aggregator: _Aggregator) -> CachedPatches:
         """The images that are in the folder now."""
@@ -293,11 +255,11 @@ class Participant:
         Nothing of it is kept on disk: after a restart it is computed again. Where images are gone since, another
         calibration comes of it, which the aggregator refuses if it has the first one; that one stands then.
         """
-        wanted = event.round, candidate_items(event)
-        if wanted == self._calibrated:
+        made = self._calibration.round, self._calibration.items_sha256
+        if made != (event.round, candidate_items(event)):
+            self._calibration, self._calibrated = await self._make_calibration(event, method, aggregator), False
+        if self._calibrated:
             return
-        if (self._calibration.round, self._calibration.items_sha256) != wanted:
-            self._calibration = await self._make_calibration(event, method, aggregator)
         try:
             await aggregator.rounds.Calibrate(self._calibration, timeout=self._settings.rpc_timeout_seconds)
         except aio.AioRpcError as error:
@@ -306,56 +268,14 @@ class Participant:
             _log.warning("calibration_not_taken", round=event.round, reason=error.details())
         else:
             _log.info("calibration_accepted", round=event.round, images=sum(self._calibration.candidate.scores.counts))
-        self._calibrated = wanted
+        self._calibrated = True
 
     async def _make_calibration(
         self, event: WatchRoundsResponse, method: Method, aggregator: _Aggregator
     ) -> CalibrateRequest:
         candidate = await self._download(event.candidate, aggregator)
         base = await self._download(event.memory, aggregator) if event.HasField("memory") else None
-        held_out = await self._computing.run(self._held_out, await self._present(aggregator), event.round)
-        generator = self._load_generator() if method.generator else None
-        if method.generator and generator is None:
-            _log.warning("generator_missing", reason="the memory generator of this round is lost; nothing is scored")
-            held_out = None
-        with metrics.CALIBRATION_SECONDS.time():
-            said = await self._computing.run(
-                calibration_of, self._images.extractor, candidate, base, generator, held_out, self._computing.progress
-            )
-        said.federation, said.site = self._settings.federation, self._settings.site
-        said.instance, said.round, said.items_sha256 = self._state.instance, event.round, candidate_items(event)
-        return said
-
-    def _held_out(self, present: CachedPatches, round_number: int) -> CachedPatches | None:
-        """Those that were held out of the round's bank, as far as they are still there; none that has come since, which
-        would move images of the bank to their side."""
-        outcome = self._state.last()
-        if outcome.round != round_number:
-            _log.warning("held_out_unknown", reason="which images were held out of the bank is lost; nothing is scored")
-            return None
-        return present.only(outcome.held_out)
-
-    def _keep(
-        self,
-        update: LocalUpdate,
-        event: WatchRoundsResponse,
-        method: Method,
-        patches: CachedPatches,
-        held_out: CachedPatches | None,
-    ) -> Outcome:
-        """Writes a round's outcome to disk."""
-        bank = BankHeader(
-            **self._identity,
-            round=event.round,
-            fingerprint=self._images.feature_space.fingerprint,
-            images=patches.images,
-            arrays=self._store(bank_to_wire(update.bank, method.item_type)),
-        )
-        generator = self._release(update.generator, event.round) if update.generator is not None else None
-        names = frozenset() if held_out is None else frozenset(held_out.names.values())
-        outcome = Outcome(bank, generator, event.round, names)
-        self._state.put(outcome, event.memory.arrays)
-        return outcome
+        return await self._work.make_calibration(event, method, await self._present(aggregator), candidate, base)
 
     async def _upload(self, header: BankHeader, aggregator: _Aggregator) -> None:
         """Uploads a bank from where an interrupted upload stopped, unless the round has gone on without it."""
@@ -378,41 +298,3 @@ class Participant:
     async def _download(self, memory: GlobalMemory, aggregator: _Aggregator) -> MemoryBank:
         await download(aggregator.releases, memory.arrays, self._state.arrays, self._settings)
         return bank_from_wire((manifest, self._state.arrays.read(manifest.sha256)) for manifest in memory.arrays)
-
-    async def _publish_untrained(self, method: Method) -> None:
-        """A site that comes when all rounds are over, or whose generator was damaged, uses the global memory through an
-        untrained one, the identity. It is of no round: a trained one that an inference service has is not replaced."""
-        _log.warning("generator_untrained", reason="there is no memory generator of a round here, and no more rounds")
-        patches = self._patches or await self.look()
-        generator = await self._computing.run(new_generator, patches, method.seed)
-        release = await self._computing.run(self._keep_untrained, generator)
-        self._publisher.publish(release)
-
-    def _keep_untrained(self, generator: MemoryGenerator) -> Release:
-        release = self._release(generator, _NO_ROUND)
-        self._state.put(Outcome(generator=release))
-        return release
-
-    def _load_generator(self) -> MemoryGenerator | None:
-        release = self._state.last().generator
-        if release is None:
-            return None
-        arrays = ((array, self._state.arrays.read(array.sha256)) for array in release.arrays)
-        return generator_from_wire(self._images.feature_space, arrays)
-
-    def _release(self, generator: MemoryGenerator, round_number: int) -> Release:
-        release = Release(
-            federation=self._settings.federation,
-            version=round_number,
-            kind=RELEASE_KIND_MEMORY_GENERATOR,
-            site=self._settings.site,
-            feature_space=feature_space_to_message(self._images.feature_space),
-            arrays=self._store(generator_to_wire(generator)),
-        )
-        release.created.GetCurrentTime()
-        return release
-
-    def _store(self, arrays: list[WireArray]) -> list[Any]:
-        for array in arrays:
-            self._state.arrays.put(array.manifest.sha256, array.data)
-        return [array.manifest for array in arrays]

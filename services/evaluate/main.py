@@ -22,6 +22,7 @@ from feddymem.images import ImageError
 from feddymem.memory_reduce import Progress as Report
 from feddymem.method import Method
 from feddymem.network import EMBEDDED_BACKBONE
+from services.cli.consoles import standard_error, standard_output
 from services.cli.exit_codes import FAILED, OK, USAGE
 from services.evaluate.report import COLUMNS, cells, write_report
 from services.runtime.hardware import configure_hardware
@@ -88,7 +89,7 @@ def evaluate(
     """Runs the evaluation; the exit code. An interruption is raised, and leaves the report of the methods done."""
     signal.signal(signal.SIGTERM, _interrupt)
     configure_hardware(None)
-    console = Console(stderr=True, soft_wrap=True)
+    console = standard_error()
     try:
         names, numbers = parse_methods(methods), parse_seeds(seeds)
         sites = _load(data)
@@ -99,10 +100,10 @@ def evaluate(
             experiment = Experiment(str(data), extractor.feature_space, method, numbers, train_images, results)
             write_report(experiment, out)
     except (InvalidChoiceError, DatasetError, ImageError, OSError) as error:
-        console.print(f"feddymem evaluate: {error}", markup=False)
+        console.print(f"feddymem evaluate: {error}")
         return FAILED if isinstance(error, OSError) else USAGE
-    Console().print(_table(experiment))
-    console.print(f"report: {out / 'report.html'}, {out / 'report.md'} and {out / 'report.json'}", markup=False)
+    standard_output().print(_table(experiment))
+    console.print(f"report: {out / 'report.html'}, {out / 'report.md'} and {out / 'report.json'}")
     return OK
 
 
@@ -176,7 +177,7 @@ def _results(
                 runs.append(run(drawn(sites, train_images, seed), name, seeded, cache, show))
                 bars.advance(overall)
                 auroc, seconds = runs[-1].mean["image_auroc"], runs[-1].mean["seconds"]
-                console.print(f"{name}, seed {seed}: image AUROC {auroc:.3f}, {seconds:.0f} s", highlight=False)
+                console.print(f"{name}, seed {seed}: image AUROC {auroc:.3f}, {seconds:.0f} s")
             results[name] = Result(tuple(runs))
             yield results
 

@@ -31,6 +31,7 @@ _PUBLISHER = "services.runtime.publisher:Publisher"
 _RENAME = "pathlib:Path.replace"  # before: written, but not there yet; after: there, but perhaps not for good yet
 _EDGE_STATE = "services.edge_client.state:EdgeState"
 _PARTICIPANT = "services.edge_client.participant:Participant"
+_ROUND_WORK = "services.edge_client.round_work:RoundWork"
 _FEATURES = "feddymem.feature_cache:FeatureCache"
 _REGISTRY = "services.inference.registry:Registry"
 _RELEASE_STORE = "services.inference.release_store:ReleaseStore"
@@ -80,14 +81,14 @@ _EDGE = {
     f"{_PUBLISHER}.publish": (1, 2),
     "services.edge_client.images:SiteImages.look": (1, 2, 3),
     "services.edge_client.arrivals:Arrivals.number": (1, 2),
-    "services.edge_client.participant:local_update": (1, 2),
+    "services.edge_client.round_work:local_update": (1, 2),
     "services.edge_client.participant:upload_bank": (1, 2),
     "services.edge_client.participant:download": (1, 2, 3, 4),  # of candidates and of what rounds start from
-    "services.edge_client.participant:calibration_of": (1, 2),
+    "services.edge_client.round_work:calibration_of": (1, 2),
     f"{_PARTICIPANT}._make_calibration": (1, 2),
     "services.edge_client.upload:chunks": (1, 2, 3, 6),  # of which the upload is half through at 2
     f"{_PARTICIPANT}._join": (1,),
-    f"{_PARTICIPANT}._keep": (1, 2),
+    f"{_ROUND_WORK}._keep": (1, 2),
 }
 # Calls come in the order of RELEASES in tests/chaos/inference.py.
 _INFERENCE = {
@@ -119,9 +120,9 @@ _SHORT = {
     f"after {_STATE}.put_release 2",
     f"after {_STATE}.prune_release 1",
     "before services.edge_client.state:write_record 3",
-    "after services.edge_client.participant:local_update 2",
+    "after services.edge_client.round_work:local_update 2",
     "after services.edge_client.upload:chunks 2",
-    "after services.edge_client.participant:calibration_of 2",
+    "after services.edge_client.round_work:calibration_of 2",
     f"before {_RENAME} 6",
     f"before {_PUBLISHER}.publish 2",
     f"before {_STORE}.append 4",

@@ -121,7 +121,7 @@ def test_an_inference_service_that_is_cut_off_serves_what_it_has_and_catches_up(
     matrix: Matrix, partition: Partition, _repeat: int
 ) -> None:
     inference, image = partition.hosts["inference"], matrix.undisturbed.line.image
-    before_the_last_round = KillPoint("services.edge_client.participant:local_update", "before", ROUNDS)
+    before_the_last_round = KillPoint("services.edge_client.round_work:local_update", "before", ROUNDS)
     partition.start(before_the_last_round)
     partition.wait(lambda: bool(partition.trial.fleet.ended()), "the last round")
     known = matrix.undisturbed.scores[ROUNDS - 1]

@@ -199,7 +199,7 @@ def test_a_site_with_one_image_holds_none_out_and_keeps_nobody_waiting(
                 assert held_out == {SITES[0]: 2, SITES[1]: 0}
                 assert [check.passed for check in release.checks] == [True] * 4
         assert [site.held_out_images for site in trial.status().sites] == [2, 0]
-        assert [site.images for site in trial.status().sites] == [3, 1]
+        assert [site.images for site in trial.status().sites] == [5, 1]
         for site in SITES:
             assert len(trial.events(site, "calibration_accepted")) == 2
     finally:

@@ -10,17 +10,19 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 
 from feddymem.memory import MemoryBank
+from feddymem.v1.feature_space_pb2 import FeatureSpace
 from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, FederationStatus, GlobalMemory
 from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED, STANDING_JUDGED
 from feddymem.v1.release_pb2 import Release, WatchReleasesRequest
 from services.aggregator.database import DATABASE
+from services.aggregator.state import State
 from services.cli.status import get_status
 from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_from_wire, bank_to_wire
@@ -386,6 +388,25 @@ def test_state_of_another_form_is_refused(tmp_path: Path) -> None:
     federations = '{"parts": {}}'
     run = feddymem("aggregator", "--state-dir", str(tmp_path / "state"), "--federations", federations)
     assert (run.returncode, "form 0" in run.stderr, "Traceback" in run.stderr) == (1, True, False)
+
+
+@pytest.mark.parametrize("damage", ["no database", "a page"])
+def test_a_damaged_database_is_named_with_what_to_do(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "state"
+    with closing(State(folder)) as state:
+        state.set_feature_space("parts", FeatureSpace(backbone="any"))
+    content = (folder / DATABASE).read_bytes()
+    kept = 4096 if damage == "a page" else 0  # the first one says that it is a database, and which tables it has
+    (folder / DATABASE).write_bytes(content[:kept] + b"\xff" * (len(content) - kept))
+    for command in (
+        ("aggregator", "--state-dir", str(folder), "--federations", '{"parts": {}}'),
+        ("backup", str(folder), str(tmp_path / "copy")),
+    ):
+        run = feddymem(*command)
+        assert (run.returncode, "Traceback" in run.stderr) == (1, False), run.stderr
+        assert f"{folder / DATABASE}" in run.stderr
+        assert "docs/runbooks.md" in run.stderr
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("action", ["admit", "judge", "ban"])

@@ -32,9 +32,9 @@ def opened(folder: Path, settings: FederationSettings = SETTINGS) -> Iterator[Fe
         state.close()
 
 
-def join(federation: Federation, site: str) -> None:
+def join(federation: Federation, site: str, images: int = 10) -> None:
     space = feature_space_to_message(SPACE)
-    federation.join(JoinRequest(federation="parts", site=site, instance=site, feature_space=space, images=10))
+    federation.join(JoinRequest(federation="parts", site=site, instance=site, feature_space=space, images=images))
 
 
 async def upload(federation: Federation, site: str, number: int = 1) -> None:

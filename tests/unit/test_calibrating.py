@@ -102,6 +102,19 @@ async def test_a_release_has_what_each_site_tells_and_waits_for_all(tmp_path: Pa
         assert federation.releases.active == 1
 
 
+async def test_a_site_has_as_many_images_as_it_joined_with_whatever_its_bank_was_made_from(tmp_path: Path) -> None:
+    """The bank is made from fewer: without those that are held out."""
+    with opened(tmp_path, HELD_OUT) as federation, ExitStack() as stack:
+        there(federation, stack)
+        join(federation, "a", images=12)
+        async with driven(federation):
+            await merged(federation)
+            assert [site.images for site in federation.status().sites] == [12, 10, 10]
+            federation.calibrate(said(federation, "a", range(12)))
+            with pytest.raises(Refusal, match="11 images are held out; site 'b' joined with 10 in all; join again"):
+                federation.calibrate(said(federation, "b", range(11)))
+
+
 async def test_a_site_that_has_gone_is_waited_for_as_long_as_its_bank_would_be(tmp_path: Path) -> None:
     hasty = HELD_OUT.model_copy(update={"grace_seconds": 0.3})
     with opened(tmp_path, hasty) as federation, ExitStack() as stack:

@@ -120,3 +120,22 @@ def test_what_is_done_is_kept_when_nobody_answers_any_more(
     printed = capsys.readouterr()
     assert [json.loads(line)["score"] for line in printed.out.splitlines()] == [5, 4]
     assert "1.JPG: as told" in printed.err
+
+
+def test_names_of_images_are_printed_as_they_are(
+    asked: Inspection, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as markup, which knows `[/x]` only behind an `[x]`, and `[red]` as a colour."""
+    monkeypatch.setenv("COLUMNS", "200")  # each name on one line
+    names = ["parts/[red]/1.png", "parts/[/x].png", "parts/:x:.png"]
+    for number, name in enumerate(names, 1):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(number))
+    (tmp_path / "parts/[b]none.png").touch()
+    with scripted_service(judge) as service:
+        assert (
+            inspect(dataclasses.replace(asked, images=("parts",), server=service.address, as_json=False, csv=None)) == 4
+        )
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in names)
+    assert "parts/[b]none.png: as told" in printed.err

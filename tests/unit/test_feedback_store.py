@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from io import BufferedReader
 from pathlib import Path
 
 import grpc
@@ -36,6 +38,12 @@ def name(number: int) -> str:
 
 def opened(folder: Path, max_bytes: int = MOST) -> FeedbackStore:
     return FeedbackStore(folder / "feedback", max_bytes)
+
+
+def damage(path: Path) -> None:
+    """So that it can be seen, however soon after the last look."""
+    flip(path)
+    os.utime(path, ns=(1, 1))
 
 
 def learned(store: FeedbackStore) -> list[str]:
@@ -139,7 +147,7 @@ def test_a_damaged_image_is_not_learned_and_may_be_reported_again(tmp_path: Path
     store = opened(tmp_path)
     store.keep(image(1), OPINION_FALSE_ALARM, "")
     store.decide(name(1), DECISION_ACCEPTED)
-    flip(store.accepted()[0])
+    damage(store.accepted()[0])
     assert learned(store) == []
     assert [path.suffix for path in (tmp_path / "feedback" / "quarantine").iterdir()] == [".image"]
     assert store.kept() == opened(tmp_path).kept() == []
@@ -148,11 +156,33 @@ def test_a_damaged_image_is_not_learned_and_may_be_reported_again(tmp_path: Path
     assert learned(store) == [name(1)]
 
 
+def test_an_accepted_image_is_read_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    for number in (1, 2):
+        store.keep(image(number), OPINION_FALSE_ALARM, "")
+        store.decide(name(number), DECISION_ACCEPTED)
+    read, file_digest = [], hashlib.file_digest
+
+    def counted(file: BufferedReader, digest: str) -> object:
+        read.append(Path(file.name).stem)
+        return file_digest(file, digest)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    for _look in range(3):
+        assert learned(store) == sorted([name(1), name(2)])
+    assert sorted(read) == sorted([name(1), name(2)])
+    os.utime(tmp_path / "feedback" / f"{name(1)}.image", ns=(1, 1))
+    assert learned(store) == sorted([name(1), name(2)])
+    assert read[2:] == [name(1)]
+
+
 def test_a_report_mends_a_damaged_image(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.keep(image(1), OPINION_FALSE_ALARM, "")
     store.decide(name(1), DECISION_ACCEPTED)
-    flip(store.accepted()[0])
+    damage(store.accepted()[0])
     store.keep(image(1), OPINION_FALSE_ALARM, "")
     assert learned(store) == [name(1)]
 

@@ -14,7 +14,6 @@ import pytest
 from grpc import aio
 from structlog.testing import capture_logs
 
-from feddymem.feature_cache import CachedPatches
 from feddymem.memory_reduce import no_progress
 from feddymem.method import Method
 from feddymem.v1.array_pb2 import Array
@@ -22,7 +21,6 @@ from feddymem.v1.federation_pb2 import (
     PHASE_CALIBRATING,
     PHASE_OPEN,
     PHASE_WAITING,
-    BankHeader,
     CalibrateRequest,
     CalibrateResponse,
     GlobalMemory,
@@ -32,11 +30,10 @@ from feddymem.v1.federation_pb2 import (
 from services.edge_client.computing import Computing
 from services.edge_client.images import SiteImages
 from services.edge_client.participant import Participant, _Aggregator
+from services.edge_client.round_work import RoundWork
 from services.edge_client.settings import EdgeClientSettings
-from services.edge_client.state import EdgeState, Outcome
+from services.edge_client.state import EdgeState
 from services.runtime.changes import Changes
-from services.runtime.identity import Role
-from services.runtime.publisher import Publisher
 
 SCAN_SECONDS = 0.02
 PATIENCE_SECONDS = 10
@@ -100,9 +97,8 @@ def participant(tmp_path: Path) -> Participant:
     settings = EdgeClientSettings(**fixed, scan_seconds=SCAN_SECONDS)  # type: ignore[arg-type]
     state = EdgeState(tmp_path)
     state.claim("federation parts, site a")
-    publisher = Publisher(state.arrays, frozenset({Role.INFERENCE}), lambda _who, _federation: True)
-    images = cast("SiteImages", SimpleNamespace())  # not looked at here
-    return Participant(settings, images, "cpu", state, publisher, Computing(settings, no_progress))
+    images, work = cast("SiteImages", SimpleNamespace()), cast("RoundWork", SimpleNamespace())  # not used here
+    return Participant(settings, images, state, work, Computing(settings, no_progress))
 
 
 def opened(number: int, waits_for: str = "") -> WatchRoundsResponse:
@@ -255,20 +251,3 @@ async def test_a_calibration_that_is_not_taken_does_not_hold_the_site_up(
             await calibrate(participant, aggregator, candidate(b"1"))
     assert len(aggregator.said) == len(made) == 1
     assert [entry["event"] for entry in logs] == ["calibration_not_taken"]
-
-
-class Present:
-    """Images that are there now."""
-
-    def only(self, names: frozenset[str]) -> frozenset[str]:
-        return names - {"gone"}
-
-
-def test_what_is_scored_was_held_out_of_the_bank_of_the_round(participant: Participant) -> None:
-    present, names = cast("CachedPatches", Present()), frozenset({"a", "b", "gone"})
-    participant._state.put(Outcome(BankHeader(instance=participant._state.instance, round=2), None, 2, names))
-    assert participant._state.last().bank is None  # its arrays are damaged: what was held out is known all the same
-    assert cast("frozenset[str]", participant._held_out(present, 2)) == {"a", "b"}
-    with capture_logs() as logs:
-        assert participant._held_out(present, 3) is None
-    assert [entry["event"] for entry in logs] == ["held_out_unknown"]
