@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
+
+_WIDE = 250
+"""Columns where there is no terminal, as through `kubectl exec` or into a file: a table is as wide as what is in it,
+and nothing is cut off."""
 
 
 def standard_output() -> Console:
@@ -17,4 +23,7 @@ def standard_error() -> Console:
 
 def _console(stderr: bool) -> Console:
     # A file may be called [red].png or :x:.png: rich would read it as a colour, or as an emoji.
-    return Console(stderr=stderr, soft_wrap=stderr, markup=False, emoji=False, highlight=False)
+    console = Console(stderr=stderr, soft_wrap=stderr, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDE
+    return console

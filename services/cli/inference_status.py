@@ -62,7 +62,7 @@ def _guaranteed(state: ScoringStatus) -> str:
         return "-"
     known = state.guarantee
     whose = "its own" if known.own_site else "all sites'"
-    return f"at most {known.false_alarm_rate:.1%}, by {known.images} of {whose} images"
+    return f"{known.false_alarm_rate:.1%} on average, by {known.images} of {whose} images"
 
 
 def _shadow(state: ScoringStatus) -> str:

@@ -94,7 +94,7 @@ def inspect(asked: Inspection) -> int:
         if trace_export.wanted():
             configure_logs("auto")  # of its trouble; standard output is for results
         with trace_export.exported_traces("inspect"), ExitStack() as outputs:
-            table = _Table() if not asked.as_json and asked.csv is None else None
+            table = _Table(asked) if not asked.as_json and asked.csv is None else None
             sinks = [table.add] if table else list(_line_sinks(asked, outputs))
             code = _inspect(asked, paths, sinks)
     except (DatasetError, TlsError, trace_export.InvalidVariableError) as error:
@@ -249,19 +249,20 @@ def _opened(name: str) -> Iterator[TextIO]:
 class _Table:
     """Results for a person, printed when all are there."""
 
-    def __init__(self) -> None:
-        headings = ("score", "verdict", "p", "0..1", "regions", "release", "queue\nms", "compute\nms")
+    def __init__(self, asked: Inspection) -> None:
+        self._with_regions = asked.regions or asked.pixel_threshold is not None
+        headings = ("score", "verdict", "p", "guaranteed\nrate", "0..1", "regions", "release")
         columns = (Column("image", overflow="fold"), *(Column(heading, no_wrap=True) for heading in headings))
         self._table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # narrow: 80 columns are enough
 
     def add(self, row: dict[str, Any]) -> None:
         if "error" in row:
             return
-        milliseconds = (f"{row[name] * 1000:.1f}" for name in ("queue_seconds", "compute_seconds"))
-        counts = (str(len(row["regions"])), str(row["release"]))
-        calibrated = ("-" if row[name] is None else f"{row[name]:.3f}" for name in ("p_value", "normalised_score"))
+        names = ("p_value", "guaranteed_rate", "normalised_score")
+        calibrated = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
+        regions = str(len(row["regions"])) if self._with_regions else "-"
         score, verdict = f"{row['score']:.4f}", row["verdict"] or "-"
-        self._table.add_row(row["image"], score, verdict, *calibrated, *counts, *milliseconds)
+        self._table.add_row(row["image"], score, verdict, *calibrated, regions, str(row["release"]))
 
     def print(self) -> None:
         if self._table.row_count:

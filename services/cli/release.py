@@ -78,7 +78,8 @@ def shadow(
     number = 0 if version == _NONE else _number(version, _NONE)
     request = ShadowReleaseRequest(federation=federation, version=number)
     answer = call(server, tls_dir, lambda stub: stub.ShadowRelease(request, timeout=TIMEOUT_SECONDS))
-    typer.echo(f"release {number or 'none'} of {federation} scores in the shadow; before: {answer.previous or 'none'}")
+    scores = f"release {number}" if number else "no release"
+    typer.echo(f"{scores} of {federation} scores in the shadow; before: {answer.previous or 'none'}")
 
 
 @release.command()

@@ -96,6 +96,13 @@ def test_more_alarms_than_rate_and_chance_make_fail() -> None:
     assert found["alarm_rate"].finding == "a: 5 alarms of 10 images, expected at most 4"
 
 
+def test_limits_made_of_the_very_images_are_not_said_to_be_tested() -> None:
+    found = checks({"few": NORMAL[:6], "a": NORMAL, "b": NORMAL})["alarm_rate"]
+    assert found.passed
+    assert found.finding.startswith("at 1 sites held-out images have no more alarms")
+    assert found.finding.endswith("; 2 others have limits made of these very images, which says nothing")
+
+
 def test_a_site_s_images_may_not_score_much_higher_than_with_the_base() -> None:
     base = {"a": NORMAL, "b": NORMAL}
     assert failed(checks({"a": times(1.08), "b": NORMAL}, base)) == []
