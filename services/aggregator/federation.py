@@ -187,23 +187,22 @@ class Federation:
 
     def status(self, only: str | None = None) -> FederationStatus:
         """What `feddymem status` shows: of all sites, or of one only."""
-        last = self._state.last_banks(self.name)
         held_out = self.releases.held_out_images(self.releases.newest)
         known = self._state.sites(self.name)
         sites = []
         for name, site in known.items():
             if only not in (None, name):
                 continue
-            last_round, quarantine = last.get(name, (0, ""))
+            banks = self._state.last_banks(self.name, name)
             sites.append(
                 SiteStatus(
                     site=name,
                     present=self.members.present(name),
-                    last_round=last_round,
+                    last_round=banks[-1].round if banks else 0,
                     images=site.images,
-                    bytes_per_round=self._state.bytes_per_round(self.name, name),
+                    bytes_per_round=[bank.received_bytes for bank in banks],
                     standing=self.members.standing(name),
-                    quarantine=quarantine,
+                    quarantine=banks[-1].quarantine if banks else "",
                     held_out_images=held_out.get(name, 0),
                 )
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from feddymem.v1.federation_pb2 import JoinRequest
 from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED, STANDING_JUDGED, Standing
 from services.aggregator import metrics
 from services.aggregator.settings import FederationSettings
-from services.aggregator.state import Site, State
+from services.aggregator.state import PastBank, Site, State
 from services.runtime.errors import Refusal, exists, invalid, not_found, precondition
 from services.runtime.identity import denied
 from services.runtime.messages import feature_space_from_message
@@ -47,7 +47,7 @@ class Members:
         self._present: dict[str, Presence] = {}
         # Whether a site that was there before a restart comes back is not known yet.
         self._left = dict.fromkeys(self.joined, time.monotonic())
-        self._quarantined = {site for site, (_number, reason) in state.last_banks(name).items() if reason}
+        self._quarantined = {site for site in self._instances if _is_quarantined(state.last_banks(name, site))}
         self._named: set[str] = set()
         for site in sorted({*settings.sites, *self._instances}):
             self._show(site)
@@ -232,6 +232,10 @@ class Members:
                 f"another edge client takes part as site {site!r} of federation {self._name!r} right now; "
                 "stop it first, or give this one another site name"
             )
+
+
+def _is_quarantined(banks: Sequence[PastBank]) -> bool:
+    return bool(banks) and bool(banks[-1].quarantine)
 
 
 def check_images(images: int) -> None:

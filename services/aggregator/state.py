@@ -52,6 +52,21 @@ class AcceptedBank:
 
 
 @dataclass(frozen=True)
+class PastBank:
+    """What is kept for good of a bank that was accepted.
+
+    Attributes:
+        round: number of its round.
+        received_bytes: bytes that it took to receive.
+        quarantine: why it does not count; empty if it does.
+    """
+
+    round: int
+    received_bytes: int
+    quarantine: str
+
+
+@dataclass(frozen=True)
 class OpenedRound:
     """A round from its opening on.
 
@@ -196,25 +211,19 @@ class State:
             )
         )
 
-    def last_banks(self, federation: str) -> dict[str, tuple[int, str]]:
-        """Of each site's last bank, the round and why it is in quarantine (empty if it is not)."""
-        rows = self._db.execute(
-            "SELECT site, MAX(round), quarantine FROM bank WHERE federation = ? GROUP BY site", (federation,)
-        )
-        return {site: (number, quarantine) for site, number, quarantine in rows}
-
     def origins(self, federation: str) -> list[str]:
         """Sites of whose banks releases were made; a site's place is its origin, for good."""
         rows = self._db.execute("SELECT site FROM origin WHERE federation = ? ORDER BY number", (federation,))
         return [site for (site,) in rows]
 
-    def bytes_per_round(self, federation: str, site: str) -> list[int]:
-        """Bytes that each of a site's last banks took to receive, oldest first."""
+    def last_banks(self, federation: str, site: str) -> list[PastBank]:
+        """What is kept for good of a site's last banks, oldest first."""
         rows = self._db.execute(
-            "SELECT received_bytes FROM bank WHERE federation = ? AND site = ? ORDER BY round DESC LIMIT ?",
+            "SELECT round, received_bytes, quarantine FROM bank WHERE federation = ? AND site = ? "
+            "ORDER BY round DESC LIMIT ?",
             (federation, site, _BANKS_SHOWN),
         )
-        return [received for (received,) in rows][::-1]
+        return [PastBank(*row) for row in rows][::-1]
 
     def put_bank(self, bank: AcceptedBank) -> None:
         """A bank is accepted for its round from now on."""
@@ -351,8 +360,8 @@ class State:
                 [(release.federation, number, site) for number, site in enumerate(origins)],
             )
             self._db.execute(  # the last round's stay: their senders may not have heard yet that they are accepted
-                "UPDATE bank SET header = x'' WHERE federation = ? AND round < ?",
-                (release.federation, release.version),
+                "UPDATE bank SET header = x'' WHERE federation = ? AND round = ?",
+                (release.federation, release.version - 1),
             )
 
     def prune_release(self, federation: str, version: int) -> None:
