@@ -106,8 +106,8 @@ class Releases:
         """
         if version == 0:
             return None
-        arrays = self._kept[version].arrays
         try:
+            arrays = self._require(version).arrays
             return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in arrays)
         except Refusal as refusal:
             raise DamagedReleaseError(

@@ -162,7 +162,8 @@ class Rounds:
     def release_activated(self) -> None:
         """The operator has activated a release: a round whose base was damaged on the disk starts from that one."""
         opened = self._state.opened_round(self._name, self.number)
-        if opened is not None and not self._releases.readable(opened.base):
+        # When all rounds are over, that is the last one, which has closed: its base may be gone.
+        if opened is not None and self.phase != PHASE_DONE and not self._releases.readable(opened.base):
             self._state.set_base(self._name, self.number, self._releases.active)
         self.changed(at_once=True)
 

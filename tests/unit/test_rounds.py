@@ -28,9 +28,10 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_to_wire
 from services.runtime.publisher import Publisher
 from tests.integration.fake_site import make_bank
-from tests.unit.one_federation import join, opened, upload
+from tests.unit.one_federation import METHOD, SETTINGS, join, opened, upload
 
 SITES = ("a", "b", "c")
+METHOD_OF_TWO_ROUNDS = METHOD.model_copy(update={"rounds": 2})
 
 
 class Slow:
@@ -129,6 +130,30 @@ async def test_a_release_is_published_though_old_ones_cannot_be_pruned(
     releases.add(Release(federation="parts", version=3, arrays=arrays), ["a"])
     assert (published[-1], releases.versions, [each.version for each in state.releases("parts")]) == (3, [3], [3])
     state.close()
+
+
+async def test_releases_are_activated_when_all_rounds_are_over_and_the_base_of_the_last_is_gone(tmp_path: Path) -> None:
+    with opened(
+        tmp_path, SETTINGS.model_copy(update={"keep_releases": 1, "method": METHOD_OF_TWO_ROUNDS})
+    ) as federation:
+        join(federation, "a")
+        join(federation, "b")
+        driven = asyncio.ensure_future(federation.rounds.run())
+        async with asyncio.timeout(30):
+            for number in (1, 2):
+                while federation.rounds.base != number - 1 or federation.rounds.phase != PHASE_OPEN:
+                    await federation.rounds.news.wait()
+                await upload(federation, "a", number)
+                await upload(federation, "b", number)
+            await driven
+        assert (federation.releases.versions, federation.rounds.base) == ([2], 1)
+        assert not federation.releases.readable(1)
+        held = []
+        for version in (2, 0):
+            federation.activate(version, expected=2)
+            held.append(federation.releases.held)
+        assert held == [True, False]
+        assert federation.rounds.base == 1, "what a closed round started from stays what it was"
 
 
 async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(
