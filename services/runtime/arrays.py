@@ -80,10 +80,14 @@ def decode(manifest: Array, data: bytes) -> FloatArray:
     """Values of an array, from a checked manifest and all its bytes.
 
     Raises:
-        Refusal: DATA_LOSS if the bytes are not those of the manifest.
+        Refusal: DATA_LOSS if the bytes are not those of the manifest, INVALID_ARGUMENT if they are and it is wrong.
     """
     if hashlib.sha256(data).digest() != manifest.sha256:
         raise data_loss(f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again")
+    if len(data) != manifest.size_bytes:
+        raise invalid(
+            f"array {manifest.name!r}: size_bytes is {manifest.size_bytes}, its SHA-256 is of {len(data)} bytes"
+        )
     stored = np.frombuffer(data, _DTYPES[manifest.data_type]).reshape(tuple(manifest.shape))
     if manifest.data_type == DATA_TYPE_UINT8:
         scale, offset = (np.array(v, np.float32) for v in (manifest.quantisation.scale, manifest.quantisation.offset))
