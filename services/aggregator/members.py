@@ -95,11 +95,11 @@ class Members:
         self._require_room_for(request.site)
         space = feature_space_from_message(request.feature_space)
         known = self._state.feature_space(self._name)
-        if known is None:
-            self._state.set_feature_space(self._name, request.feature_space)
-        else:
+        if known is not None and self._is_used(request.site):
             ours = feature_space_from_message(known)
             ours.require_same(space, f"federation {self._name!r}", f"site {request.site!r}")
+        elif known != request.feature_space:
+            self._state.set_feature_space(self._name, request.feature_space)
         self._state.put_site(self._name, Site(request.site, request.instance, request.images))
         self._instances[request.site] = request.instance
         self._removed.discard(request.site)
@@ -218,6 +218,11 @@ class Members:
             raise unknown_federation(self._name, site)
         if not self.counts(site):
             raise denied(f"site {site!r} is banned from federation {self._name!r}; ask its operator")
+
+    def _is_used(self, joining: str) -> bool:
+        """Whether the feature space is to stay: else a site that was the first, and wrong, would keep out all others,
+        even when it has been removed or banned, or comes right itself."""
+        return self._state.has_banks(self._name) or any(site != joining for site in self.joined)
 
     def _require_room_for(self, site: str) -> None:
         if site not in self._instances and len(self._instances) >= self._settings.max_sites:

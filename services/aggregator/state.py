@@ -119,10 +119,15 @@ class State:
         return FeatureSpace.FromString(row[0]) if row else None
 
     def set_feature_space(self, federation: str, space: FeatureSpace) -> None:
-        """Fixes the federation's feature space."""
+        """A federation has this feature space from now on."""
         self._db.execute(
-            "INSERT INTO federation VALUES (?, ?)", (federation, space.SerializeToString(deterministic=True))
+            "INSERT OR REPLACE INTO federation VALUES (?, ?)", (federation, space.SerializeToString(deterministic=True))
         )
+
+    def has_banks(self, federation: str) -> bool:
+        """Whether a bank was ever accepted, but for those of sites that were removed before their round closed."""
+        [found] = self._db.execute("SELECT EXISTS (SELECT * FROM bank WHERE federation = ?)", (federation,)).fetchone()
+        return bool(found)
 
     def sites(self, federation: str) -> dict[str, Site]:
         """Sites that have joined, by name."""
