@@ -7,7 +7,7 @@ inference pod watches. Aggregator and edge client publish in the same way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -28,11 +28,16 @@ from services.runtime.arrays import check_manifest, chunks
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
+from services.runtime.logs import get_logger
 from services.runtime.server import Service
 from services.runtime.settings import ClientSettings
 
 MAX_ARRAY_BYTES = 2**30
 """Largest array that a receiver of releases accepts."""
+_NAMED = 10
+"""Federations that a log line names, at most: their names come from who calls."""
+
+_log = get_logger()
 
 
 class Publisher(release_pb2_grpc.ReleaseServiceServicer):
@@ -81,9 +86,7 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
     ) -> AsyncIterator[WatchReleasesResponse]:
         """See release.proto."""
         who = caller(context)
-        for federation in request.federations:
-            if not self._readable(who, federation):
-                raise denied(f"the certificate is that of {who}, who may not read releases of {federation!r}")
+        self._require_some_readable(who, request.federations)
         sent: dict[tuple[str, bool], Release] = {}
         while True:
             for (federation, shadow), release in sorted(self._current.items(), key=lambda item: item[0]):
@@ -116,6 +119,15 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         for chunk in chunks(request.sha256, data, request.offset):
             yield DownloadArrayResponse(chunk=chunk)
             sent.inc(len(chunk.data))
+
+    def _require_some_readable(self, who: Identity | None, federations: Sequence[str]) -> None:
+        """One federation that is closed to a site, or not there yet, must not cost it the releases of the others."""
+        closed = [name for name in federations if not self._readable(who, name)]
+        if closed and len(closed) == len(federations):
+            named = ", ".join(map(repr, closed))
+            raise denied(f"the certificate is that of {who}, who may not read releases of {named}")
+        if closed:
+            _log.warning("releases_not_readable", who=str(who), federations=[name[:63] for name in closed[:_NAMED]])
 
     def _readable(self, who: Identity | None, federation: str) -> bool:
         return who is None or self._may_read(who, federation)
