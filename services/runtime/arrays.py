@@ -143,8 +143,12 @@ def bank_from_wire(arrays: Iterable[tuple[Array, bytes]]) -> MemoryBank:
 def chunks(sha256: bytes, data: bytes, offset: int = 0) -> Iterator[ArrayChunk]:
     """The chunks of an array's bytes from an offset on."""
     for start in range(offset, len(data), CHUNK_BYTES):
-        piece = data[start : start + CHUNK_BYTES]
-        yield ArrayChunk(sha256=sha256, offset=start, data=piece, crc32=zlib.crc32(piece))
+        yield make_chunk(sha256, start, data[start : start + CHUNK_BYTES])
+
+
+def make_chunk(sha256: bytes, offset: int, piece: bytes) -> ArrayChunk:
+    """A chunk of an array, from its bytes."""
+    return ArrayChunk(sha256=sha256, offset=offset, data=piece, crc32=zlib.crc32(piece))
 
 
 def check_chunk(chunk: ArrayChunk) -> None:

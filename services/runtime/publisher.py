@@ -24,7 +24,7 @@ from feddymem.v1.release_pb2 import (
 )
 from services.runtime import metrics
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import check_manifest, chunks
+from services.runtime.arrays import CHUNK_BYTES, check_manifest
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
@@ -110,15 +110,13 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         federation = next((name for name in federations if self._readable(who, name)), None)
         if federation is None:
             raise not_found(f"no release that you may read has an array {request.sha256.hex()}; watch releases again")
-        data = await asyncio.to_thread(self._arrays.read, request.sha256)
-        if request.offset > len(data):
-            raise Refusal(
-                grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} is behind the array's {len(data)} bytes"
-            )
+        size = await asyncio.to_thread(self._arrays.size_bytes, request.sha256)
+        if request.offset > size:
+            raise Refusal(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} is behind the array's {size} bytes")
         sent = metrics.PUBLISHED_BYTES.labels(federation)
-        for chunk in chunks(request.sha256, data, request.offset):
-            yield DownloadArrayResponse(chunk=chunk)
-            sent.inc(len(chunk.data))
+        for start in range(request.offset, size, CHUNK_BYTES):  # who does not read on holds up one chunk's memory
+            yield DownloadArrayResponse(chunk=await asyncio.to_thread(self._arrays.chunk, request.sha256, start))
+            sent.inc(min(CHUNK_BYTES, size - start))
 
     def _require_some_readable(self, who: Identity | None, federations: Sequence[str]) -> None:
         """One federation that is closed to a site, or not there yet, must not cost it the releases of the others."""
