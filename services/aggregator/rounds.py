@@ -36,6 +36,7 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
+from services.runtime.unfinished import computed
 
 WAITS_FOR_SECONDS = 2
 """Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
@@ -306,7 +307,7 @@ class Rounds:
         """Merges the banks of the round; whether enough of them count."""
         inputs = self._inputs()
         with tracing.span("k-means", banks=len(inputs.banks)) as merging:
-            merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+            merged = await computed(lambda: inputs.next_memory(self._uploads, self._releases, self._settings.method))
             tracing.note(merging, iterations=merged.iterations, items=len(merged.memory))
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
