@@ -25,6 +25,7 @@ from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
 from services.aggregator.calibrating import calibrated
+from services.aggregator.clock import monotonic
 from services.aggregator.members import Members
 from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
 from services.aggregator.releases import Releases
@@ -208,7 +209,7 @@ class Rounds:
         where too few banks count then, or the operator has said something else meanwhile."""
         while self.phase == PHASE_WAITING:
             await self._changes.wait()
-        opened = self._open_round()
+        opened = monotonic(self._open_round().opened)
         if self._candidate is None and not await self._merge_banks():
             return
         while not self._is_outdated() and (seconds := self._seconds_to_calibrate()) > 0:
@@ -218,7 +219,7 @@ class Rounds:
         if released:
             self._delivered.clear()
             self.forget_banks()
-            metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
+            metrics.ROUND_SECONDS.labels(self._name).observe(time.monotonic() - opened)
             self.changed()
 
     def _open_round(self) -> OpenedRound:
@@ -247,7 +248,7 @@ class Rounds:
         assert self._candidate is not None, "a candidate is calibrated"
         if self._settings.method.hold_out_share == 0:
             return 0
-        left = self._candidate.made + self._settings.calibration_deadline_seconds - time.time()
+        left = monotonic(self._candidate.made) + self._settings.calibration_deadline_seconds - time.monotonic()
         return max(0.0, min(left, max(self._to_calibrate().values(), default=0.0)))
 
     def _to_calibrate(self) -> dict[str, float]:
@@ -280,8 +281,9 @@ class Rounds:
 
     def _seconds_left(self) -> float:
         opened = self._state.opened_round(self._name, self.number)
-        elapsed = 0.0 if opened is None else time.time() - opened.opened
-        return max(0.0, self._settings.round_deadline_seconds - elapsed)
+        if opened is None:
+            return self._settings.round_deadline_seconds
+        return max(0.0, monotonic(opened.opened) + self._settings.round_deadline_seconds - time.monotonic())
 
     @contextmanager
     def _merging(self) -> Iterator[None]:

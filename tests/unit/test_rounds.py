@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN
 from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import rounds as module
+from services.aggregator.clock import monotonic
 from services.aggregator.federation import Federation
 from services.aggregator.merging import Merging
 from services.aggregator.releases import Releases
@@ -154,6 +156,29 @@ async def test_releases_are_activated_when_all_rounds_are_over_and_the_base_of_t
             held.append(federation.releases.held)
         assert held == [True, False]
         assert federation.rounds.base == 1, "what a closed round started from stays what it was"
+
+
+async def test_a_clock_that_is_set_changes_no_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds_left(federation: Federation, wrong_by: float) -> float:
+        monkeypatch.setattr(time, "time", lambda: now() + wrong_by)
+        federation.rounds.changed()
+        return federation.rounds.state().seconds_left
+
+    now, deadline = time.time, SETTINGS.round_deadline_seconds
+    with opened(tmp_path) as federation:
+        join(federation, "a")
+        join(federation, "b")
+        driven = asyncio.ensure_future(federation.rounds.run())
+        await asyncio.sleep(0)
+        for wrong_by in (-3600, 7200):
+            assert deadline - 60 < seconds_left(federation, wrong_by) <= deadline
+        driven.cancel()
+        await asyncio.gather(driven, return_exceptions=True)
+    with opened(tmp_path) as federation:
+        monotonic.cache_clear()  # as a restart
+        assert deadline - 60 < seconds_left(federation, -3600) <= deadline, "it cannot be known better"
+        monotonic.cache_clear()
+        assert deadline - 1260 < seconds_left(federation, 1200) <= deadline - 1200, "the time without us counts"
 
 
 async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(
