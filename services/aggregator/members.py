@@ -14,7 +14,7 @@ from feddymem.names import NAME_PATTERN, NAME_RULE
 from feddymem.v1.federation_pb2 import JoinRequest
 from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED, STANDING_JUDGED, Standing
 from services.aggregator import metrics
-from services.aggregator.settings import FederationSettings
+from services.aggregator.settings import MAX_SITES, FederationSettings
 from services.aggregator.state import PastBank, Site, State
 from services.runtime.errors import Refusal, exists, invalid, not_found, precondition
 from services.runtime.identity import denied
@@ -227,7 +227,8 @@ class Members:
     def _require_room_for(self, site: str) -> None:
         if site not in self._instances and len(self._instances) >= self._settings.max_sites:
             raise precondition(
-                f"federation {self._name!r} has its {self._settings.max_sites} sites; its operator can raise max_sites"
+                f"federation {self._name!r} has its {self._settings.max_sites} sites; its operator can remove one, or "
+                f"raise max_sites (at most {MAX_SITES})"
             )
 
     def _check_alone(self, site: str, instance: str) -> None:
