@@ -30,6 +30,7 @@ from services.aggregator.settings import FederationSettings
 from services.aggregator.state import AcceptedBank, State
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
+from services.runtime.arrays import items_of
 from services.runtime.errors import Refusal, exists, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
@@ -140,7 +141,8 @@ class Federation:
         if before == said:
             return
         candidate = self.rounds.candidate
-        if candidate is None or (said.round, said.items_sha256) != (candidate.version, candidate.arrays[0].sha256):
+        named = said.round, said.items_sha256
+        if candidate is None or named != (candidate.version, items_of(candidate.arrays).sha256):
             raise precondition(
                 f"no candidate of items {said.items_sha256[:32].hex() or 'unnamed'} of round {said.round} is being "
                 f"calibrated in federation {self.name!r}; watch its rounds"

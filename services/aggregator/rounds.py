@@ -76,14 +76,12 @@ class Rounds:
         self._name, self._settings, self._state = name, settings, state
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
         self._aggregating, self._doubted = False, True
-        self._candidate: Candidate | None = None
         self._delivered: dict[str, Link] = {}
         self._judged: Merging | None = None
         self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None
         self._told: tuple[int, int] | None = None
         self._telling: asyncio.TimerHandle | None = None
-        self._show_candidate(state.candidate(name, self.number))
         self.forget_banks()
         metrics.show_phase(name, self.phase)
 
@@ -92,7 +90,7 @@ class Rounds:
         """Where the federation stands."""
         if self._aggregating:
             return PHASE_AGGREGATING
-        if self._candidate is not None:  # without held-out images, what there is to do is done at once
+        if self._releases.candidate is not None:  # without held-out images, what there is to do is done at once
             return PHASE_CALIBRATING if self._settings.method.hold_out_share else PHASE_AGGREGATING
         if self._releases.newest >= self._settings.method.rounds:
             return PHASE_DONE
@@ -106,9 +104,8 @@ class Rounds:
     @property
     def candidate(self) -> Release | None:
         """The global memory that the round has made; None unless the phase is PHASE_CALIBRATING."""
-        if self._candidate is None or self.phase != PHASE_CALIBRATING:
-            return None
-        return self._candidate.release
+        candidate = self._releases.candidate
+        return candidate.release if candidate is not None and self.phase == PHASE_CALIBRATING else None
 
     @property
     def base(self) -> int:
@@ -210,7 +207,7 @@ class Rounds:
         while self.phase == PHASE_WAITING:
             await self._changes.wait()
         opened = monotonic(self._open_round().opened)
-        if self._candidate is None and not await self._merge_banks():
+        if self._releases.candidate is None and not await self._merge_banks():
             return
         while not self._is_outdated() and (seconds := self._seconds_to_calibrate()) > 0:
             await self._changes.wait(seconds)
@@ -245,10 +242,11 @@ class Rounds:
 
     def _seconds_to_calibrate(self) -> float:
         """How long sites are to be waited for that have not calibrated the candidate: 0 for no longer."""
-        assert self._candidate is not None, "a candidate is calibrated"
+        candidate = self._releases.candidate
+        assert candidate is not None, "a candidate is calibrated"
         if self._settings.method.hold_out_share == 0:
             return 0
-        left = monotonic(self._candidate.made) + self._settings.calibration_deadline_seconds - time.monotonic()
+        left = monotonic(candidate.made) + self._settings.calibration_deadline_seconds - time.monotonic()
         return max(0.0, min(left, max(self._to_calibrate().values(), default=0.0)))
 
     def _to_calibrate(self) -> dict[str, float]:
@@ -329,22 +327,21 @@ class Rounds:
             release = await make_release(merged, inputs.banks, draft, self._arrays)
         if self._inputs() != inputs:
             return False
-        candidate = Candidate(release, inputs.digest(self._settings.method), time.time())
-        self._state.put_candidate(candidate)
-        self._show_candidate(candidate)
+        self._releases.put_candidate(Candidate(release, inputs.digest(self._settings.method), time.time()))
         _log.info("candidate", federation=self._name, round=self.number, sites=release.provenance.sites)
         return True
 
     async def _release(self) -> bool:
         """Checks the candidate and makes it the release of the round; whether there is one, or banks have changed."""
-        assert self._candidate is not None, "a candidate is released"
+        candidate = self._releases.candidate
+        assert candidate is not None, "a candidate is released"
         said: dict[str, CalibrateRequest] | None = None
         while said is None or said.keys() != self._state.calibrated(self._name, self.number):  # more have come since
             said = self._state.calibrations(self._name, self.number)
             counted = {site: said[site] for site in self.calibrating() & said.keys()}
             try:
                 release, checks = await asyncio.to_thread(
-                    calibrated, self._candidate.release, counted, self._settings, self._arrays
+                    calibrated, candidate.release, counted, self._settings, self._arrays
                 )
             except Refusal as refusal:
                 self._drop_candidate(refusal.text)
@@ -353,7 +350,6 @@ class Rounds:
             self._drop_candidate("banks or their standing have changed")
             return False
         self._releases.add(release, self._inputs().origins, checks)
-        self._candidate = None
         metrics.BANKS_QUARANTINED.labels(self._name).inc(release.provenance.quarantined)
         failed = [check.name for check in checks if not check.passed]
         _log.info(
@@ -364,22 +360,15 @@ class Rounds:
     def _is_outdated(self) -> bool:
         """Whether the candidate is of other banks than count now: looked up where an operator has said something, or
         before a restart may have."""
-        if self._doubted and self._candidate is not None:
-            self._doubted = self._inputs().digest(self._settings.method) != self._candidate.inputs
+        candidate = self._releases.candidate
+        if self._doubted and candidate is not None:
+            self._doubted = self._inputs().digest(self._settings.method) != candidate.inputs
         return self._doubted
 
     def _drop_candidate(self, reason: str) -> None:
-        assert self._candidate is not None, "a candidate is dropped"
         _log.warning("candidate_dropped", federation=self._name, round=self.number, reason=reason)
-        gone = self._candidate.release
-        self._state.remove_candidate(self._name, self.number)
-        self._show_candidate(None)
-        self._releases.discard(gone)
+        self._releases.drop_candidate()
         self.changed(at_once=True)
-
-    def _show_candidate(self, candidate: Candidate | None) -> None:
-        self._candidate = candidate
-        self._releases.show_candidate(None if candidate is None else candidate.release)
 
     def _traced(self, what: str) -> AbstractContextManager[object]:
         """A trace of its own, of what became of the uploads: it is no part of the one that happened to be the last."""

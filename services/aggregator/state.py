@@ -12,6 +12,7 @@ from feddymem.v1.federation_pb2 import BankHeader, CalibrateRequest
 from feddymem.v1.operator_pb2 import STANDING_JUDGED, ReleaseCheck, Standing
 from feddymem.v1.release_pb2 import Release
 from services.aggregator.database import Database
+from services.runtime.arrays import items_of
 
 RELEASES = "releases"
 """Folder of the arrays of all releases, beside the database."""
@@ -283,7 +284,7 @@ class State:
         others = [
             (*place, site)
             for site, said in self.calibrations(*place).items()
-            if said.items_sha256 != release.arrays[0].sha256
+            if said.items_sha256 != items_of(release.arrays).sha256
         ]
         with self._db.transaction():
             self._db.execute(

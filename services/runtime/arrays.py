@@ -116,6 +116,11 @@ def check_manifest(manifest: Array, max_bytes: int) -> None:
     _check_quantisation(manifest, shape[-1])
 
 
+def items_of(arrays: Iterable[Array]) -> Array:
+    """Of a bank's manifests, that of its items; an empty one where there are none."""
+    return next((array for array in arrays if array.name == "items"), Array())
+
+
 def bank_to_wire(bank: MemoryBank, item_type: ItemType) -> list[WireArray]:
     """A memory bank's arrays: items in the type wanted, weights and spreads in float32."""
     types: dict[str, DataType.ValueType] = {
