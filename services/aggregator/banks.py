@@ -45,6 +45,9 @@ def check_manifests(manifests: Iterable[Array], method: Method, space: FeatureSp
                 f"{name} are {DataType.Name(manifest.data_type)} of shape {list(manifest.shape)}; "
                 f"this federation takes {DataType.Name(data_type)} of shape {shape}"
             )
+    sizes = {(manifest.sha256, manifest.size_bytes) for manifest in manifests}
+    if len({sha256 for sha256, _ in sizes}) < len(sizes):
+        raise invalid("two arrays have the same sha256 and not the same size_bytes; send each with that of its bytes")
 
 
 def check_values(bank: MemoryBank, images: int, space: FeatureSpace) -> None:

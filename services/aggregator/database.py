@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS bank (
     federation TEXT, round INTEGER, site TEXT, header BLOB NOT NULL, received_bytes INTEGER NOT NULL,
     quarantine TEXT NOT NULL DEFAULT '', PRIMARY KEY (federation, round, site)
 );
+CREATE INDEX IF NOT EXISTS bank_of_site ON bank (federation, site, round);
 CREATE TABLE IF NOT EXISTS release (
     federation TEXT, version INTEGER, message BLOB NOT NULL, PRIMARY KEY (federation, version)
 );

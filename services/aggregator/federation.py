@@ -30,6 +30,7 @@ from services.aggregator.settings import FederationSettings
 from services.aggregator.state import AcceptedBank, State
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
+from services.runtime.arrays import items_of
 from services.runtime.errors import Refusal, exists, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import feature_space_from_message, method_to_message
@@ -141,7 +142,8 @@ class Federation:
         if before == said:
             return
         candidate = self.rounds.candidate
-        if candidate is None or (said.round, said.items_sha256) != (candidate.version, candidate.arrays[0].sha256):
+        named = said.round, said.items_sha256
+        if candidate is None or named != (candidate.version, items_of(candidate.arrays).sha256):
             raise precondition(
                 f"no candidate of items {said.items_sha256[:32].hex() or 'unnamed'} of round {said.round} is being "
                 f"calibrated in federation {self.name!r}; watch its rounds"
@@ -188,23 +190,22 @@ class Federation:
 
     def status(self, only: str | None = None) -> FederationStatus:
         """What `feddymem status` shows: of all sites, or of one only."""
-        last = self._state.last_banks(self.name)
         held_out = self.releases.held_out_images(self.releases.newest)
         known = self._state.sites(self.name)
         sites = []
         for name, site in known.items():
             if only not in (None, name):
                 continue
-            last_round, quarantine = last.get(name, (0, ""))
+            banks = self._state.last_banks(self.name, name)
             sites.append(
                 SiteStatus(
                     site=name,
                     present=self.members.present(name),
-                    last_round=last_round,
+                    last_round=banks[-1].round if banks else 0,
                     images=site.images,
-                    bytes_per_round=self._state.bytes_per_round(self.name, name),
+                    bytes_per_round=[bank.received_bytes for bank in banks],
                     standing=self.members.standing(name),
-                    quarantine=quarantine,
+                    quarantine=banks[-1].quarantine if banks else "",
                     held_out_images=held_out.get(name, 0),
                 )
             )

@@ -19,6 +19,7 @@ from services.runtime.publisher import Publisher
 from services.runtime.server import listening, run_until_stopped
 from services.runtime.settings import load_settings
 from services.runtime.trace_export import exported_traces
+from services.runtime.unfinished import exit_if_unfinished
 
 
 def main(args: list[str]) -> None:
@@ -35,6 +36,7 @@ def main(args: list[str]) -> None:
     configure_hardware(settings.threads)
     with exported_traces("aggregator"), owned(settings.state_dir), database_of(settings.state_dir):
         asyncio.run(_serve(settings))
+    exit_if_unfinished()  # a merge, which takes minutes; its banks are there, and it is begun anew
 
 
 async def _serve(settings: AggregatorSettings) -> None:

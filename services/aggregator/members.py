@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from feddymem.names import NAME_PATTERN, NAME_RULE
 from feddymem.v1.federation_pb2 import JoinRequest
 from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED, STANDING_JUDGED, Standing
 from services.aggregator import metrics
-from services.aggregator.settings import FederationSettings
-from services.aggregator.state import Site, State
+from services.aggregator.settings import MAX_SITES, FederationSettings
+from services.aggregator.state import PastBank, Site, State
 from services.runtime.errors import Refusal, exists, invalid, not_found, precondition
 from services.runtime.identity import denied
 from services.runtime.messages import feature_space_from_message
@@ -47,7 +47,7 @@ class Members:
         self._present: dict[str, Presence] = {}
         # Whether a site that was there before a restart comes back is not known yet.
         self._left = dict.fromkeys(self.joined, time.monotonic())
-        self._quarantined = {site for site, (_number, reason) in state.last_banks(name).items() if reason}
+        self._quarantined = {site for site in self._instances if _is_quarantined(state.last_banks(name, site))}
         self._named: set[str] = set()
         for site in sorted({*settings.sites, *self._instances}):
             self._show(site)
@@ -95,11 +95,11 @@ class Members:
         self._require_room_for(request.site)
         space = feature_space_from_message(request.feature_space)
         known = self._state.feature_space(self._name)
-        if known is None:
-            self._state.set_feature_space(self._name, request.feature_space)
-        else:
+        if known is not None and self._is_used(request.site):
             ours = feature_space_from_message(known)
             ours.require_same(space, f"federation {self._name!r}", f"site {request.site!r}")
+        elif known != request.feature_space:
+            self._state.set_feature_space(self._name, request.feature_space)
         self._state.put_site(self._name, Site(request.site, request.instance, request.images))
         self._instances[request.site] = request.instance
         self._removed.discard(request.site)
@@ -219,10 +219,16 @@ class Members:
         if not self.counts(site):
             raise denied(f"site {site!r} is banned from federation {self._name!r}; ask its operator")
 
+    def _is_used(self, joining: str) -> bool:
+        """Whether the feature space is to stay: else a site that was the first, and wrong, would keep out all others,
+        even when it has been removed or banned, or comes right itself."""
+        return self._state.has_banks(self._name) or any(site != joining for site in self.joined)
+
     def _require_room_for(self, site: str) -> None:
         if site not in self._instances and len(self._instances) >= self._settings.max_sites:
             raise precondition(
-                f"federation {self._name!r} has its {self._settings.max_sites} sites; its operator can raise max_sites"
+                f"federation {self._name!r} has its {self._settings.max_sites} sites; its operator can remove one, or "
+                f"raise max_sites (at most {MAX_SITES})"
             )
 
     def _check_alone(self, site: str, instance: str) -> None:
@@ -232,6 +238,10 @@ class Members:
                 f"another edge client takes part as site {site!r} of federation {self._name!r} right now; "
                 "stop it first, or give this one another site name"
             )
+
+
+def _is_quarantined(banks: Sequence[PastBank]) -> bool:
+    return bool(banks) and bool(banks[-1].quarantine)
 
 
 def check_images(images: int) -> None:

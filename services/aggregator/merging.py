@@ -16,7 +16,7 @@ from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Provenance, Rele
 from services.aggregator.releases import Releases
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import bank_to_wire
+from services.runtime.arrays import bank_to_wire, items_of
 from services.runtime.errors import Refusal
 
 
@@ -96,7 +96,7 @@ async def make_release(
         await asyncio.to_thread(arrays.put, array.manifest.sha256, array.data)
     outliers = {outlier.site for outlier in merged.outliers}
     headers = [header for site, header in banks.items() if site not in outliers]
-    items = [next(a for a in header.arrays if a.name == "items") for header in headers]
+    items = [items_of(header.arrays) for header in headers]
     release = Release(
         kind=RELEASE_KIND_GLOBAL_MEMORY,
         arrays=[array.manifest for array in wire],

@@ -12,9 +12,9 @@ from feddymem.v1.operator_pb2 import GetReleaseResponse, KeptRelease, ReleaseChe
 from feddymem.v1.release_pb2 import RELEASE_KIND_GLOBAL_MEMORY, Release
 from services.aggregator import metrics
 from services.aggregator.settings import FederationSettings
-from services.aggregator.state import State
+from services.aggregator.state import Candidate, State
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import bank_from_wire
+from services.runtime.arrays import bank_from_wire, items_of
 from services.runtime.errors import Refusal, data_loss, not_found, precondition
 from services.runtime.logs import get_logger
 from services.runtime.messages import calibration_from_message
@@ -28,7 +28,11 @@ class DamagedReleaseError(RuntimeError):
 
 
 class Releases:
-    """Keeps a federation's newest releases, and the active one."""
+    """Keeps a federation's newest releases, the active one, and what the open round has made, before it is one.
+
+    Attributes:
+        candidate: of the open round; None while there is none.
+    """
 
     def __init__(
         self, name: str, settings: FederationSettings, state: State, arrays: ArrayStore, publisher: Publisher
@@ -37,7 +41,7 @@ class Releases:
         self._arrays, self._publisher = arrays, publisher
         self._kept = {release.version: release for release in state.releases(name)}
         self._checks = state.checks(name)
-        self._candidate: Release | None = None
+        self.candidate = state.candidate(name, self.newest + 1) if self.newest < settings.method.rounds else None
         self._shadow_shown: int | None = None
         self._publish()
 
@@ -106,8 +110,8 @@ class Releases:
         """
         if version == 0:
             return None
-        arrays = self._kept[version].arrays
         try:
+            arrays = self._require(version).arrays
             return bank_from_wire((manifest, self._arrays.read(manifest.sha256)) for manifest in arrays)
         except Refusal as refusal:
             raise DamagedReleaseError(
@@ -123,10 +127,20 @@ class Releases:
             return False
         return True
 
-    def show_candidate(self, candidate: Release | None) -> None:
-        """Has the arrays of a round's candidate served; None for no candidate any more."""
-        self._candidate = candidate
+    def put_candidate(self, candidate: Candidate) -> None:
+        """The open round has a candidate from now on, whose arrays are in the store and served."""
+        self._state.put_candidate(candidate)
+        self.candidate = candidate
         self._serve()
+
+    def drop_candidate(self) -> None:
+        """The open round's candidate was never there."""
+        assert self.candidate is not None, "a candidate is dropped"
+        gone = self.candidate.release
+        self._state.remove_candidate(self._name, gone.version)
+        self.candidate = None
+        self._serve()
+        self._discard(gone)
 
     def add(self, release: Release, origins: Sequence[str], checks: Sequence[ReleaseCheck] = ()) -> None:
         """A round's release exists from now on, and is active unless it has failed a check or another one is held; see
@@ -134,7 +148,7 @@ class Releases:
         self._state.put_release(release, origins, checks)
         self._kept[release.version] = release
         self._checks[release.version] = list(checks)
-        self._candidate = None
+        self.candidate = None
         for check in checks:
             if not check.passed:
                 metrics.CHECKS_FAILED.labels(self._name, check.name).inc()
@@ -233,7 +247,7 @@ class Releases:
             base=0 if opened is None else opened.base,
             sites=sorted(site for site, reason in reasons.items() if not reason),
             images=release.provenance.images,
-            items=release.arrays[0].shape[0],
+            items=items_of(release.arrays).shape[0],
             failed=self._failures(release.version),
             held_out_images=sum(sum(site.calibration.scores.counts) for site in release.calibration.sites),
         )
@@ -248,7 +262,7 @@ class Releases:
         if newest is not None:
             metrics.RELEASE_CREATED.labels(self._name).set(newest.created.ToMilliseconds() / 1000)
         if active is not None:
-            metrics.MEMORY_ITEMS.labels(self._name).set(active.arrays[0].shape[0])
+            metrics.MEMORY_ITEMS.labels(self._name).set(items_of(active.arrays).shape[0])
             self._publisher.publish(active, self._kept.values())
         shadow = self._state.shadow(self._name)
         if shadow != self._shadow_shown:
@@ -257,7 +271,7 @@ class Releases:
         self._serve()
 
     def _serve(self) -> None:
-        candidate = () if self._candidate is None else (self._candidate,)
+        candidate = () if self.candidate is None else (self.candidate.release,)
         self._publisher.serve(self._name, (*self._kept.values(), *candidate))
 
     def _as_shadow(self, version: int) -> Release:
@@ -279,9 +293,9 @@ class Releases:
         for version in [version for version in self._kept if version not in wanted]:
             self._state.prune_release(self._name, version)
             self._checks.pop(version, None)
-            self.discard(self._kept.pop(version))
+            self._discard(self._kept.pop(version))
 
-    def discard(self, gone: Release) -> None:
+    def _discard(self, gone: Release) -> None:
         """Removes those arrays of what is kept no more that no kept release has."""
         used = {array.sha256 for release in self._kept.values() for array in release.arrays}
         for array in gone.arrays:

@@ -25,6 +25,7 @@ from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import metrics
 from services.aggregator.calibrating import calibrated
+from services.aggregator.clock import monotonic
 from services.aggregator.members import Members
 from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
 from services.aggregator.releases import Releases
@@ -36,6 +37,7 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
+from services.runtime.unfinished import computed
 
 WAITS_FOR_SECONDS = 2
 """Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
@@ -74,14 +76,12 @@ class Rounds:
         self._name, self._settings, self._state = name, settings, state
         self._members, self._uploads, self._releases, self._arrays = members, uploads, releases, arrays
         self._aggregating, self._doubted = False, True
-        self._candidate: Candidate | None = None
         self._delivered: dict[str, Link] = {}
         self._judged: Merging | None = None
         self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
         self._shown: WatchRoundsResponse | None = None
         self._told: tuple[int, int] | None = None
         self._telling: asyncio.TimerHandle | None = None
-        self._show_candidate(state.candidate(name, self.number))
         self.forget_banks()
         metrics.show_phase(name, self.phase)
 
@@ -90,7 +90,7 @@ class Rounds:
         """Where the federation stands."""
         if self._aggregating:
             return PHASE_AGGREGATING
-        if self._candidate is not None:  # without held-out images, what there is to do is done at once
+        if self._releases.candidate is not None:  # without held-out images, what there is to do is done at once
             return PHASE_CALIBRATING if self._settings.method.hold_out_share else PHASE_AGGREGATING
         if self._releases.newest >= self._settings.method.rounds:
             return PHASE_DONE
@@ -104,9 +104,8 @@ class Rounds:
     @property
     def candidate(self) -> Release | None:
         """The global memory that the round has made; None unless the phase is PHASE_CALIBRATING."""
-        if self._candidate is None or self.phase != PHASE_CALIBRATING:
-            return None
-        return self._candidate.release
+        candidate = self._releases.candidate
+        return candidate.release if candidate is not None and self.phase == PHASE_CALIBRATING else None
 
     @property
     def base(self) -> int:
@@ -162,7 +161,8 @@ class Rounds:
     def release_activated(self) -> None:
         """The operator has activated a release: a round whose base was damaged on the disk starts from that one."""
         opened = self._state.opened_round(self._name, self.number)
-        if opened is not None and not self._releases.readable(opened.base):
+        # When all rounds are over, that is the last one, which has closed: its base may be gone.
+        if opened is not None and self.phase != PHASE_DONE and not self._releases.readable(opened.base):
             self._state.set_base(self._name, self.number, self._releases.active)
         self.changed(at_once=True)
 
@@ -206,8 +206,8 @@ class Rounds:
         where too few banks count then, or the operator has said something else meanwhile."""
         while self.phase == PHASE_WAITING:
             await self._changes.wait()
-        opened = self._open_round()
-        if self._candidate is None and not await self._merge_banks():
+        opened = monotonic(self._open_round().opened)
+        if self._releases.candidate is None and not await self._merge_banks():
             return
         while not self._is_outdated() and (seconds := self._seconds_to_calibrate()) > 0:
             await self._changes.wait(seconds)
@@ -216,7 +216,7 @@ class Rounds:
         if released:
             self._delivered.clear()
             self.forget_banks()
-            metrics.ROUND_SECONDS.labels(self._name).observe(time.time() - opened.opened)
+            metrics.ROUND_SECONDS.labels(self._name).observe(time.monotonic() - opened)
             self.changed()
 
     def _open_round(self) -> OpenedRound:
@@ -242,10 +242,11 @@ class Rounds:
 
     def _seconds_to_calibrate(self) -> float:
         """How long sites are to be waited for that have not calibrated the candidate: 0 for no longer."""
-        assert self._candidate is not None, "a candidate is calibrated"
+        candidate = self._releases.candidate
+        assert candidate is not None, "a candidate is calibrated"
         if self._settings.method.hold_out_share == 0:
             return 0
-        left = self._candidate.made + self._settings.calibration_deadline_seconds - time.time()
+        left = monotonic(candidate.made) + self._settings.calibration_deadline_seconds - time.monotonic()
         return max(0.0, min(left, max(self._to_calibrate().values(), default=0.0)))
 
     def _to_calibrate(self) -> dict[str, float]:
@@ -278,8 +279,9 @@ class Rounds:
 
     def _seconds_left(self) -> float:
         opened = self._state.opened_round(self._name, self.number)
-        elapsed = 0.0 if opened is None else time.time() - opened.opened
-        return max(0.0, self._settings.round_deadline_seconds - elapsed)
+        if opened is None:
+            return self._settings.round_deadline_seconds
+        return max(0.0, monotonic(opened.opened) + self._settings.round_deadline_seconds - time.monotonic())
 
     @contextmanager
     def _merging(self) -> Iterator[None]:
@@ -305,7 +307,7 @@ class Rounds:
         """Merges the banks of the round; whether enough of them count."""
         inputs = self._inputs()
         with tracing.span("k-means", banks=len(inputs.banks)) as merging:
-            merged = await asyncio.to_thread(inputs.next_memory, self._uploads, self._releases, self._settings.method)
+            merged = await computed(lambda: inputs.next_memory(self._uploads, self._releases, self._settings.method))
             tracing.note(merging, iterations=merged.iterations, items=len(merged.memory))
         if self._inputs() != inputs:  # the operator has banned or removed a site meanwhile, or admitted one
             return False
@@ -325,22 +327,21 @@ class Rounds:
             release = await make_release(merged, inputs.banks, draft, self._arrays)
         if self._inputs() != inputs:
             return False
-        candidate = Candidate(release, inputs.digest(self._settings.method), time.time())
-        self._state.put_candidate(candidate)
-        self._show_candidate(candidate)
+        self._releases.put_candidate(Candidate(release, inputs.digest(self._settings.method), time.time()))
         _log.info("candidate", federation=self._name, round=self.number, sites=release.provenance.sites)
         return True
 
     async def _release(self) -> bool:
         """Checks the candidate and makes it the release of the round; whether there is one, or banks have changed."""
-        assert self._candidate is not None, "a candidate is released"
+        candidate = self._releases.candidate
+        assert candidate is not None, "a candidate is released"
         said: dict[str, CalibrateRequest] | None = None
         while said is None or said.keys() != self._state.calibrated(self._name, self.number):  # more have come since
             said = self._state.calibrations(self._name, self.number)
             counted = {site: said[site] for site in self.calibrating() & said.keys()}
             try:
                 release, checks = await asyncio.to_thread(
-                    calibrated, self._candidate.release, counted, self._settings, self._arrays
+                    calibrated, candidate.release, counted, self._settings, self._arrays
                 )
             except Refusal as refusal:
                 self._drop_candidate(refusal.text)
@@ -349,7 +350,6 @@ class Rounds:
             self._drop_candidate("banks or their standing have changed")
             return False
         self._releases.add(release, self._inputs().origins, checks)
-        self._candidate = None
         metrics.BANKS_QUARANTINED.labels(self._name).inc(release.provenance.quarantined)
         failed = [check.name for check in checks if not check.passed]
         _log.info(
@@ -360,22 +360,15 @@ class Rounds:
     def _is_outdated(self) -> bool:
         """Whether the candidate is of other banks than count now: looked up where an operator has said something, or
         before a restart may have."""
-        if self._doubted and self._candidate is not None:
-            self._doubted = self._inputs().digest(self._settings.method) != self._candidate.inputs
+        candidate = self._releases.candidate
+        if self._doubted and candidate is not None:
+            self._doubted = self._inputs().digest(self._settings.method) != candidate.inputs
         return self._doubted
 
     def _drop_candidate(self, reason: str) -> None:
-        assert self._candidate is not None, "a candidate is dropped"
         _log.warning("candidate_dropped", federation=self._name, round=self.number, reason=reason)
-        gone = self._candidate.release
-        self._state.remove_candidate(self._name, self.number)
-        self._show_candidate(None)
-        self._releases.discard(gone)
+        self._releases.drop_candidate()
         self.changed(at_once=True)
-
-    def _show_candidate(self, candidate: Candidate | None) -> None:
-        self._candidate = candidate
-        self._releases.show_candidate(None if candidate is None else candidate.release)
 
     def _traced(self, what: str) -> AbstractContextManager[object]:
         """A trace of its own, of what became of the uploads: it is no part of the one that happened to be the last."""

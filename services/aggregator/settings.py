@@ -13,6 +13,9 @@ from services.runtime.settings import Address, Name, ServiceSettings
 FederationName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 """As `Name`, without capitals, because environment variables do not tell them apart."""
 
+MAX_SITES = 1000
+"""Sites of a federation, at most: with what more of them tell, a release might not fit into `MAX_ANSWER_BYTES`."""
+
 
 class FederationSettings(BaseModel):
     """One federation."""
@@ -21,7 +24,7 @@ class FederationSettings(BaseModel):
 
     quorum: int = Field(default=2, ge=1, description="banks that a round needs before it may close")
     sites: tuple[Name, ...] = Field(default=(), description="sites that may take part; empty for any")
-    max_sites: int = Field(default=1000, ge=1, le=100_000, description="sites that may join, at most")
+    max_sites: int = Field(default=MAX_SITES, ge=1, le=MAX_SITES, description="sites that may join, at most")
     round_deadline_seconds: float = Field(
         default=3600,
         gt=0,

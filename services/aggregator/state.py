@@ -12,6 +12,7 @@ from feddymem.v1.federation_pb2 import BankHeader, CalibrateRequest
 from feddymem.v1.operator_pb2 import STANDING_JUDGED, ReleaseCheck, Standing
 from feddymem.v1.release_pb2 import Release
 from services.aggregator.database import Database
+from services.runtime.arrays import items_of
 
 RELEASES = "releases"
 """Folder of the arrays of all releases, beside the database."""
@@ -49,6 +50,21 @@ class AcceptedBank:
     header: BankHeader
     received_bytes: int
     quarantine: str = ""
+
+
+@dataclass(frozen=True)
+class PastBank:
+    """What is kept for good of a bank that was accepted.
+
+    Attributes:
+        round: number of its round.
+        received_bytes: bytes that it took to receive.
+        quarantine: why it does not count; empty if it does.
+    """
+
+    round: int
+    received_bytes: int
+    quarantine: str
 
 
 @dataclass(frozen=True)
@@ -104,10 +120,15 @@ class State:
         return FeatureSpace.FromString(row[0]) if row else None
 
     def set_feature_space(self, federation: str, space: FeatureSpace) -> None:
-        """Fixes the federation's feature space."""
+        """A federation has this feature space from now on."""
         self._db.execute(
-            "INSERT INTO federation VALUES (?, ?)", (federation, space.SerializeToString(deterministic=True))
+            "INSERT OR REPLACE INTO federation VALUES (?, ?)", (federation, space.SerializeToString(deterministic=True))
         )
+
+    def has_banks(self, federation: str) -> bool:
+        """Whether a bank was ever accepted, but for those of sites that were removed before their round closed."""
+        [found] = self._db.execute("SELECT EXISTS (SELECT * FROM bank WHERE federation = ?)", (federation,)).fetchone()
+        return bool(found)
 
     def sites(self, federation: str) -> dict[str, Site]:
         """Sites that have joined, by name."""
@@ -196,25 +217,19 @@ class State:
             )
         )
 
-    def last_banks(self, federation: str) -> dict[str, tuple[int, str]]:
-        """Of each site's last bank, the round and why it is in quarantine (empty if it is not)."""
-        rows = self._db.execute(
-            "SELECT site, MAX(round), quarantine FROM bank WHERE federation = ? GROUP BY site", (federation,)
-        )
-        return {site: (number, quarantine) for site, number, quarantine in rows}
-
     def origins(self, federation: str) -> list[str]:
         """Sites of whose banks releases were made; a site's place is its origin, for good."""
         rows = self._db.execute("SELECT site FROM origin WHERE federation = ? ORDER BY number", (federation,))
         return [site for (site,) in rows]
 
-    def bytes_per_round(self, federation: str, site: str) -> list[int]:
-        """Bytes that each of a site's last banks took to receive, oldest first."""
+    def last_banks(self, federation: str, site: str) -> list[PastBank]:
+        """What is kept for good of a site's last banks, oldest first."""
         rows = self._db.execute(
-            "SELECT received_bytes FROM bank WHERE federation = ? AND site = ? ORDER BY round DESC LIMIT ?",
+            "SELECT round, received_bytes, quarantine FROM bank WHERE federation = ? AND site = ? "
+            "ORDER BY round DESC LIMIT ?",
             (federation, site, _BANKS_SHOWN),
         )
-        return [received for (received,) in rows][::-1]
+        return [PastBank(*row) for row in rows][::-1]
 
     def put_bank(self, bank: AcceptedBank) -> None:
         """A bank is accepted for its round from now on."""
@@ -264,7 +279,7 @@ class State:
         others = [
             (*place, site)
             for site, said in self.calibrations(*place).items()
-            if said.items_sha256 != release.arrays[0].sha256
+            if said.items_sha256 != items_of(release.arrays).sha256
         ]
         with self._db.transaction():
             self._db.execute(
@@ -346,8 +361,8 @@ class State:
                 [(release.federation, number, site) for number, site in enumerate(origins)],
             )
             self._db.execute(  # the last round's stay: their senders may not have heard yet that they are accepted
-                "UPDATE bank SET header = x'' WHERE federation = ? AND round < ?",
-                (release.federation, release.version),
+                "UPDATE bank SET header = x'' WHERE federation = ? AND round = ?",
+                (release.federation, release.version - 1),
             )
 
     def prune_release(self, federation: str, version: int) -> None:

@@ -6,10 +6,11 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 
 from feddymem.v1.array_pb2 import Array, ArrayChunk
-from services.runtime.arrays import check_chunk
+from services.runtime.arrays import CHUNK_BYTES, check_chunk, make_chunk
 from services.runtime.errors import data_loss, invalid, not_found
 from services.runtime.files import make_folder, quarantine, sync_folder
 
@@ -50,14 +51,32 @@ class ArrayStore:
         Raises:
             Refusal: NOT_FOUND if it is not here; DATA_LOSS if it was damaged on the disk, and now is in quarantine.
         """
-        try:
-            data = self._path(sha256).read_bytes()
-        except FileNotFoundError as error:
-            raise not_found(f"no array {sha256.hex()} is held here") from error
-        if hashlib.sha256(data).digest() != sha256:
-            quarantine(self._path(sha256))
-            raise data_loss(f"array {sha256.hex()} was damaged on the disk of this service, and has been taken away")
+        with self._opened(sha256) as file:
+            data = file.read()
+        self._require_intact(sha256, hashlib.sha256(data).digest())
         return data
+
+    def size_bytes(self, sha256: bytes) -> int:
+        """Bytes of an array, which all are read to see that they are intact; for `chunk`.
+
+        Raises:
+            Refusal: as `read`.
+        """
+        with self._opened(sha256) as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            size = file.tell()
+        self._require_intact(sha256, digest)
+        return size
+
+    def chunk(self, sha256: bytes, offset: int) -> ArrayChunk:
+        """The chunk of an array at an offset, without what is before and behind it.
+
+        Raises:
+            Refusal: NOT_FOUND if the array is not here any more.
+        """
+        with self._opened(sha256) as file:
+            file.seek(offset)
+            return make_chunk(sha256, offset, file.read(CHUNK_BYTES))
 
     def put(self, sha256: bytes, data: bytes) -> None:
         """Keeps an array; on disk when it returns."""
@@ -115,6 +134,17 @@ class ArrayStore:
             for path in self._folder.iterdir():
                 if path.is_file() and path.stem not in names and not (keep_parts and path.suffix):
                     path.unlink(missing_ok=True)
+
+    def _opened(self, sha256: bytes) -> BufferedReader:
+        try:
+            return self._path(sha256).open("rb")
+        except FileNotFoundError as error:
+            raise not_found(f"no array {sha256.hex()} is held here") from error
+
+    def _require_intact(self, sha256: bytes, digest: bytes) -> None:
+        if digest != sha256:
+            quarantine(self._path(sha256))
+            raise data_loss(f"array {sha256.hex()} was damaged on the disk of this service, and has been taken away")
 
     def _intact(self, part: Path, manifest: Array) -> bool:
         return hashlib.sha256(part.read_bytes()).digest() == manifest.sha256

@@ -80,10 +80,14 @@ def decode(manifest: Array, data: bytes) -> FloatArray:
     """Values of an array, from a checked manifest and all its bytes.
 
     Raises:
-        Refusal: DATA_LOSS if the bytes are not those of the manifest.
+        Refusal: DATA_LOSS if the bytes are not those of the manifest, INVALID_ARGUMENT if they are and it is wrong.
     """
     if hashlib.sha256(data).digest() != manifest.sha256:
         raise data_loss(f"array {manifest.name!r}: its bytes do not have the SHA-256 of the manifest; send it again")
+    if len(data) != manifest.size_bytes:
+        raise invalid(
+            f"array {manifest.name!r}: size_bytes is {manifest.size_bytes}, its SHA-256 is of {len(data)} bytes"
+        )
     stored = np.frombuffer(data, _DTYPES[manifest.data_type]).reshape(tuple(manifest.shape))
     if manifest.data_type == DATA_TYPE_UINT8:
         scale, offset = (np.array(v, np.float32) for v in (manifest.quantisation.scale, manifest.quantisation.offset))
@@ -110,6 +114,11 @@ def check_manifest(manifest: Array, max_bytes: int) -> None:
     if manifest.size_bytes > max_bytes:
         raise invalid(f"array {name}: {manifest.size_bytes} bytes; at most {max_bytes} are allowed here")
     _check_quantisation(manifest, shape[-1])
+
+
+def items_of(arrays: Iterable[Array]) -> Array:
+    """Of a bank's manifests, that of its items; an empty one where there are none."""
+    return next((array for array in arrays if array.name == "items"), Array())
 
 
 def bank_to_wire(bank: MemoryBank, item_type: ItemType) -> list[WireArray]:
@@ -139,8 +148,12 @@ def bank_from_wire(arrays: Iterable[tuple[Array, bytes]]) -> MemoryBank:
 def chunks(sha256: bytes, data: bytes, offset: int = 0) -> Iterator[ArrayChunk]:
     """The chunks of an array's bytes from an offset on."""
     for start in range(offset, len(data), CHUNK_BYTES):
-        piece = data[start : start + CHUNK_BYTES]
-        yield ArrayChunk(sha256=sha256, offset=start, data=piece, crc32=zlib.crc32(piece))
+        yield make_chunk(sha256, start, data[start : start + CHUNK_BYTES])
+
+
+def make_chunk(sha256: bytes, offset: int, piece: bytes) -> ArrayChunk:
+    """A chunk of an array, from its bytes."""
+    return ArrayChunk(sha256=sha256, offset=offset, data=piece, crc32=zlib.crc32(piece))
 
 
 def check_chunk(chunk: ArrayChunk) -> None:

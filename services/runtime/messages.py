@@ -15,7 +15,7 @@ from feddymem.method import ItemType, Method
 from feddymem.sketch import InvalidSketchError, ScoreSketch
 from feddymem.v1 import calibration_pb2, feature_space_pb2, federation_pb2
 from feddymem.v1.array_pb2 import Array
-from services.runtime.arrays import ITEM_TYPES, WireArray, decode, encode
+from services.runtime.arrays import ITEM_TYPES, WireArray, decode, encode, items_of
 from services.runtime.errors import invalid
 
 _SITE_KEY_DIGITS = len(site_key("", ""))
@@ -105,7 +105,7 @@ def generator_from_wire(space: FeatureSpace, arrays: Iterable[tuple[Array, bytes
 
 def candidate_items(state: federation_pb2.WatchRoundsResponse) -> bytes:
     """What tells the candidate of a round from another one of it: SHA-256 of its items; empty for none."""
-    return next((array.sha256 for array in state.candidate.arrays if array.name == "items"), b"")
+    return items_of(state.candidate.arrays).sha256
 
 
 def site_calibration_to_message(calibration: SiteCalibration) -> calibration_pb2.SiteCalibration:

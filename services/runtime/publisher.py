@@ -7,7 +7,7 @@ inference pod watches. Aggregator and edge client publish in the same way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -24,15 +24,20 @@ from feddymem.v1.release_pb2 import (
 )
 from services.runtime import metrics
 from services.runtime.array_store import ArrayStore
-from services.runtime.arrays import check_manifest, chunks
+from services.runtime.arrays import CHUNK_BYTES, check_manifest
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
 from services.runtime.identity import Identity, Role, caller, denied
+from services.runtime.logs import get_logger
 from services.runtime.server import Service
 from services.runtime.settings import ClientSettings
 
 MAX_ARRAY_BYTES = 2**30
 """Largest array that a receiver of releases accepts."""
+_NAMED = 10
+"""Federations that a log line names, at most: their names come from who calls."""
+
+_log = get_logger()
 
 
 class Publisher(release_pb2_grpc.ReleaseServiceServicer):
@@ -81,9 +86,7 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
     ) -> AsyncIterator[WatchReleasesResponse]:
         """See release.proto."""
         who = caller(context)
-        for federation in request.federations:
-            if not self._readable(who, federation):
-                raise denied(f"the certificate is that of {who}, who may not read releases of {federation!r}")
+        self._require_some_readable(who, request.federations)
         sent: dict[tuple[str, bool], Release] = {}
         while True:
             for (federation, shadow), release in sorted(self._current.items(), key=lambda item: item[0]):
@@ -107,15 +110,22 @@ class Publisher(release_pb2_grpc.ReleaseServiceServicer):
         federation = next((name for name in federations if self._readable(who, name)), None)
         if federation is None:
             raise not_found(f"no release that you may read has an array {request.sha256.hex()}; watch releases again")
-        data = await asyncio.to_thread(self._arrays.read, request.sha256)
-        if request.offset > len(data):
-            raise Refusal(
-                grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} is behind the array's {len(data)} bytes"
-            )
+        size = await asyncio.to_thread(self._arrays.size_bytes, request.sha256)
+        if request.offset > size:
+            raise Refusal(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} is behind the array's {size} bytes")
         sent = metrics.PUBLISHED_BYTES.labels(federation)
-        for chunk in chunks(request.sha256, data, request.offset):
-            yield DownloadArrayResponse(chunk=chunk)
-            sent.inc(len(chunk.data))
+        for start in range(request.offset, size, CHUNK_BYTES):  # who does not read on holds up one chunk's memory
+            yield DownloadArrayResponse(chunk=await asyncio.to_thread(self._arrays.chunk, request.sha256, start))
+            sent.inc(min(CHUNK_BYTES, size - start))
+
+    def _require_some_readable(self, who: Identity | None, federations: Sequence[str]) -> None:
+        """One federation that is closed to a site, or not there yet, must not cost it the releases of the others."""
+        closed = [name for name in federations if not self._readable(who, name)]
+        if closed and len(closed) == len(federations):
+            named = ", ".join(map(repr, closed))
+            raise denied(f"the certificate is that of {who}, who may not read releases of {named}")
+        if closed:
+            _log.warning("releases_not_readable", who=str(who), federations=[name[:63] for name in closed[:_NAMED]])
 
     def _readable(self, who: Identity | None, federation: str) -> bool:
         return who is None or self._may_read(who, federation)

@@ -308,7 +308,7 @@ class InProcess:
         if not path.endswith(changing):
             return
         calibrating = path.endswith("/Calibrate")
-        self._federation.rounds._show_candidate(self._candidate if calibrating else None)
+        self._federation.releases.candidate = self._candidate if calibrating else None
         shown = {site.site: site for site in self._federation.status().sites}
         for name in shown.keys() | {SITE, OTHER_SITE}:
             honest = name in {SITE, OTHER_SITE}

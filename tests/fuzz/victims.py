@@ -38,7 +38,7 @@ _HONEST_SECONDS = 30
 _METHOD = {"generator": True, "bank_items": 40, "memory_items": 60, "rounds": 1, "item_type": "uint8"}
 _FEDERATIONS = {
     "parts": {"sites": [HONEST_SITE], "quorum": 1, "method": _METHOD},
-    FEDERATION: {"quorum": 2, "max_sites": 100_000, "method": _METHOD},
+    FEDERATION: {"quorum": 2, "method": _METHOD},
 }
 _ANY_RATE = "1000000"
 _CODEC = re.compile(

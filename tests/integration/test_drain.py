@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,20 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from feddymem.v1.federation_pb2 import PHASE_OPEN, GetStatusRequest, UploadBankRequest, UploadBankResponse
+from feddymem.v1.federation_pb2 import (
+    PHASE_AGGREGATING,
+    PHASE_DONE,
+    PHASE_OPEN,
+    GetStatusRequest,
+    UploadBankRequest,
+    UploadBankResponse,
+)
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectStreamRequest
 from feddymem.v1.inspection_pb2_grpc import InspectionServiceStub
-from services.demo.processes import RunningService
+from services.demo.processes import Fleet, RunningService
 from services.runtime.arrays import bank_to_wire, chunks
 from services.runtime.settings import ServiceSettings
 from tests.chaos.federation import Trial, wait
@@ -119,3 +128,27 @@ def test_an_upload_in_flight_is_accepted_and_counts(trial: Trial) -> None:
     trial.fleet.wait_listening("aggregator")
     assert {site.site: site.last_round for site in trial.status().sites} == {trial.sites[0]: 1, trial.sites[1]: 0}
     wait(lambda: trial.status().waits_for == "1 more banks, for the quorum of 2", trial.logs)
+
+
+def test_a_merge_is_given_up_and_begun_anew(fleet: Fleet, tmp_path: Path) -> None:
+    config = tmp_path / "aggregator.yaml"
+    method = {"bank_items": 30, "memory_items": 100, "rounds": 1, "item_type": "float16", "hold_out_share": 0}
+    config.write_text(yaml.safe_dump({"federations": {"parts": {"quorum": 2, "method": method}}}))
+    endless = (sys.executable, "-m", "tests.integration.endless_merge")
+    fleet.launch_with(endless, "aggregator", "aggregator", "--config", str(config))
+    service = fleet.wait_listening("aggregator")
+    with grpc.insecure_channel(service.grpc) as channel:
+        sites = [FakeSite(channel, name) for name in "ab"]
+        for site in sites:
+            site.join()
+        for site in sites:
+            site.wait_for(PHASE_OPEN, 1)
+            site.upload(make_bank())
+        sites[0].wait_for(PHASE_AGGREGATING, 1)
+        with stopping(service, channel):
+            pass
+    fleet.kill("aggregator")
+    with grpc.insecure_channel(fleet.start("aggregator", "aggregator", "--config", str(config)).grpc) as channel:
+        site = FakeSite(channel, "a")
+        site.join()
+        site.wait_for(PHASE_DONE, 1)

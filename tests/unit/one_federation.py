@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from feddymem.feature_space import FeatureSpace
 from feddymem.method import Method
 from feddymem.v1.federation_pb2 import BankHeader, JoinRequest, UploadBankRequest
 from services.aggregator.federation import Federation
@@ -32,9 +33,9 @@ def opened(folder: Path, settings: FederationSettings = SETTINGS) -> Iterator[Fe
         state.close()
 
 
-def join(federation: Federation, site: str, images: int = 10) -> None:
-    space = feature_space_to_message(SPACE)
-    federation.join(JoinRequest(federation="parts", site=site, instance=site, feature_space=space, images=images))
+def join(federation: Federation, site: str, images: int = 10, space: FeatureSpace = SPACE) -> None:
+    message = feature_space_to_message(space)
+    federation.join(JoinRequest(federation="parts", site=site, instance=site, feature_space=message, images=images))
 
 
 async def upload(federation: Federation, site: str, number: int = 1) -> None:

@@ -159,6 +159,15 @@ def test_missing_bytes_of_an_array_are_noticed(cut: int) -> None:
     assert_refused(lambda: decode(wire.manifest, wire.data[:cut]), grpc.StatusCode.DATA_LOSS, "'items'", "SHA-256")
 
 
+def test_a_manifest_with_the_hash_of_another_array_is_refused() -> None:
+    """Where that one is held already, no byte of it is looked at before it is decoded."""
+    items, spreads = encode("items", values(4, 3)), encode("spreads", values(4))
+    spreads.manifest.sha256 = items.manifest.sha256
+    assert_refused(
+        lambda: decode(spreads.manifest, items.data), grpc.StatusCode.INVALID_ARGUMENT, "'spreads'", "16", "48"
+    )
+
+
 @pytest.mark.parametrize("data_type", TYPES)
 def test_a_good_manifest_is_accepted_up_to_the_limit(data_type: DataType.ValueType) -> None:
     manifest = encode("items", values(4, 3), data_type).manifest

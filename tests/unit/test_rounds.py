@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN
 from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import rounds as module
+from services.aggregator.clock import monotonic
 from services.aggregator.federation import Federation
 from services.aggregator.merging import Merging
 from services.aggregator.releases import Releases
@@ -28,9 +30,10 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_to_wire
 from services.runtime.publisher import Publisher
 from tests.integration.fake_site import make_bank
-from tests.unit.one_federation import join, opened, upload
+from tests.unit.one_federation import METHOD, SETTINGS, join, opened, upload
 
 SITES = ("a", "b", "c")
+METHOD_OF_TWO_ROUNDS = METHOD.model_copy(update={"rounds": 2})
 
 
 class Slow:
@@ -129,6 +132,53 @@ async def test_a_release_is_published_though_old_ones_cannot_be_pruned(
     releases.add(Release(federation="parts", version=3, arrays=arrays), ["a"])
     assert (published[-1], releases.versions, [each.version for each in state.releases("parts")]) == (3, [3], [3])
     state.close()
+
+
+async def test_releases_are_activated_when_all_rounds_are_over_and_the_base_of_the_last_is_gone(tmp_path: Path) -> None:
+    with opened(
+        tmp_path, SETTINGS.model_copy(update={"keep_releases": 1, "method": METHOD_OF_TWO_ROUNDS})
+    ) as federation:
+        join(federation, "a")
+        join(federation, "b")
+        driven = asyncio.ensure_future(federation.rounds.run())
+        async with asyncio.timeout(30):
+            for number in (1, 2):
+                while federation.rounds.base != number - 1 or federation.rounds.phase != PHASE_OPEN:
+                    await federation.rounds.news.wait()
+                await upload(federation, "a", number)
+                await upload(federation, "b", number)
+            await driven
+        assert (federation.releases.versions, federation.rounds.base) == ([2], 1)
+        assert not federation.releases.readable(1)
+        held = []
+        for version in (2, 0):
+            federation.activate(version, expected=2)
+            held.append(federation.releases.held)
+        assert held == [True, False]
+        assert federation.rounds.base == 1, "what a closed round started from stays what it was"
+
+
+async def test_a_clock_that_is_set_changes_no_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds_left(federation: Federation, wrong_by: float) -> float:
+        monkeypatch.setattr(time, "time", lambda: now() + wrong_by)
+        federation.rounds.changed()
+        return federation.rounds.state().seconds_left
+
+    now, deadline = time.time, SETTINGS.round_deadline_seconds
+    with opened(tmp_path) as federation:
+        join(federation, "a")
+        join(federation, "b")
+        driven = asyncio.ensure_future(federation.rounds.run())
+        await asyncio.sleep(0)
+        for wrong_by in (-3600, 7200):
+            assert deadline - 60 < seconds_left(federation, wrong_by) <= deadline
+        driven.cancel()
+        await asyncio.gather(driven, return_exceptions=True)
+    with opened(tmp_path) as federation:
+        monotonic.cache_clear()  # as a restart
+        assert deadline - 60 < seconds_left(federation, -3600) <= deadline, "it cannot be known better"
+        monotonic.cache_clear()
+        assert deadline - 1260 < seconds_left(federation, 1200) <= deadline - 1200, "the time without us counts"
 
 
 async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from services.aggregator.settings import AggregatorSettings
+from feddymem.calibration import SiteCalibration
+from feddymem.hold_out import MOST
+from feddymem.sketch import MAX_LEVEL, ScoreSketch
+from feddymem.v1.calibration_pb2 import CalibratedSite, Calibration
+from feddymem.v1.release_pb2 import Release
+from services.aggregator.settings import MAX_SITES, AggregatorSettings
 from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
+from services.runtime.channels import MAX_ANSWER_BYTES
+from services.runtime.messages import site_calibration_to_message
 from services.runtime.settings import InvalidSettingsError, ServiceSettings, load_settings
 
 NEEDED: dict[type[ServiceSettings], dict[str, Any]] = {
@@ -263,6 +270,16 @@ def test_federations_are_nested(tmp_path: Path) -> None:
     assert (found["magtile"]["quorum"], found["magtile"]["sites"]) == (3, ("a", "b"))
     assert (found["magtile"]["method"]["rounds"], found["magtile"]["method"]["bank_items"]) == (5, 1568)
     assert (found["brain"]["round_deadline_seconds"], found["brain"]["quorum"]) == (60, 2)
+
+
+def test_a_release_of_as_many_sites_as_there_may_be_fits_into_a_message(tmp_path: Path) -> None:
+    spread = ScoreSketch(tuple(range(-MAX_LEVEL, -MAX_LEVEL + MOST)), (1,) * MOST)
+    calibration = site_calibration_to_message(SiteCalibration(spread, spread))
+    site = CalibratedSite(site_sha256=bytes(32), calibration=calibration)
+    assert Release(calibration=Calibration(sites=[site] * MAX_SITES)).ByteSize() < 0.9 * MAX_ANSWER_BYTES
+    assert federations(file_with(tmp_path, {"federations": {"brain": {"max_sites": MAX_SITES}}}))
+    with pytest.raises(InvalidSettingsError, match="max_sites"):
+        federations(file_with(tmp_path, {"federations": {"brain": {"max_sites": MAX_SITES + 1}}}))
 
 
 def test_the_environment_changes_one_value_of_a_federation_and_leaves_the_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import grpc
@@ -77,6 +78,17 @@ def test_too_many_items_and_missing_arrays_are_refused(sites: tuple[FakeSite, Fa
     arrays = bank_to_wire(make_bank(), "float16")[:2]
     code, text = refused(lambda: sites[0].send(sites[0].header(arrays), arrays))
     assert (code, "spreads" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+def test_two_arrays_of_one_hash_are_refused_unless_they_may_be_the_same(sites: tuple[FakeSite, FakeSite]) -> None:
+    arrays = bank_to_wire(make_bank(), "float16")
+    header = sites[0].header(arrays)
+    header.arrays[2].sha256 = header.arrays[0].sha256
+    code, text = refused(lambda: sites[0].send(header, arrays[:2]))
+    assert (code, "same sha256" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    bank = make_bank()
+    same = dataclasses.replace(bank, weights=np.ones_like(bank.weights), spreads=np.ones_like(bank.spreads))
+    assert sites[0].upload(same)[-1].HasField("accepted")
 
 
 def test_a_bank_of_several_origins_is_refused(sites: tuple[FakeSite, FakeSite]) -> None:

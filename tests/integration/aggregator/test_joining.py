@@ -94,5 +94,5 @@ def test_a_federation_has_no_more_sites_than_allowed(start_aggregator: StartAggr
             FakeSite(channel, name).join()
         assert refused(FakeSite(channel, "c").join) == (
             grpc.StatusCode.FAILED_PRECONDITION,
-            "federation 'parts' has its 2 sites; its operator can raise max_sites",
+            "federation 'parts' has its 2 sites; its operator can remove one, or raise max_sites (at most 1000)",
         )
