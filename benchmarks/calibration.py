@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from benchmarks import write_result
 from feddymem.backbone import load_extractor
 from feddymem.calibration import FALSE_ALARM_RATE, Calibration, Limit, SiteCalibration
-from feddymem.datasets import SiteData, TestImage, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import SiteData, TestImage
 from feddymem.drift import DriftTest
 from feddymem.evaluation import auroc
 from feddymem.feature_cache import CachedPatches, FeatureCache

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks import write_result
-from feddymem.datasets import load_sites
+from feddymem.dataset_files import load_sites
 from feddymem.synthetic import write_products
 from services.demo.processes import Fleet
 

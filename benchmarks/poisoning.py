@@ -18,7 +18,8 @@ import typer
 
 from benchmarks import write_result
 from feddymem.backbone import load_extractor
-from feddymem.datasets import SiteData, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import SiteData
 from feddymem.evaluation import auroc
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.federation import MEMORY_TYPE, next_memory

@@ -21,7 +21,7 @@ from benchmarks import write_result
 from benchmarks.publishing import Publishing
 from feddymem.backbone import load_extractor
 from feddymem.client import InspectionClient, InspectionError
-from feddymem.datasets import load_sites
+from feddymem.dataset_files import load_sites
 from feddymem.feature_space import FeatureSpace
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks import interleaved, parts, spread, write_result
 from feddymem.backbone import FeatureExtractor, load_extractor
-from feddymem.datasets import SiteData, TestImage, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import SiteData, TestImage
 from feddymem.evaluation import auroc
 from feddymem.feature_cache import FeatureCache
 from feddymem.feature_network import MapNetwork

@@ -19,9 +19,10 @@ from feddymem.generator import MemoryGenerator
 from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress, greedy_cover, no_progress
+from feddymem.memory_reduce import greedy_cover
 from feddymem.method import Method
 from feddymem.patches import PatchSource
+from feddymem.progress import Progress, no_progress
 
 CORESET_SHARE = 0.1
 """PatchCore's share of patches that the pooled memory keeps (Roth et al., arXiv 2106.08265)."""

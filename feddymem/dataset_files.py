@@ -1,4 +1,5 @@
-"""Files that make sites: CSV lists of images, ours and VisA's, and mixtures of public data sets in YAML.
+"""Where a data set's sites are: in folders, in CSV lists of images, ours and VisA's, or in mixtures of public data sets
+in YAML.
 
 docs/data-sets.md has an example of each, and the folders that each public data set comes in.
 """
@@ -34,6 +35,36 @@ TRAIN_SHARE = 0.8
 """Share of the normal images that train where a CSV does not say."""
 _OUR_COLUMNS = {"path": "path", "label": "label", "mask": "mask", "site": "site"}
 _VISA_COLUMNS = {"path": "image", "label": "label", "mask": "mask", "site": "object"}
+
+
+def load_sites(path: Path) -> tuple[SiteData, ...]:
+    """All sites of a data set, by name.
+
+    Args:
+        path: a folder of site folders in the MVTec AD layout; a CSV file of images, ours or VisA's; or a YAML file that
+            makes sites out of several public data sets.
+
+    Raises:
+        DatasetError: nothing there, not in the layout, or a site without images for training.
+    """
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.exists():
+        raise DatasetError(f"data set {path} does not exist; expected a folder, a CSV or a YAML file")
+    if path.suffix.lower() == ".csv":
+        return load_csv(path)
+    if path.suffix.lower() in {".yaml", ".yml"}:
+        return load_mixture(path)
+    raise DatasetError(f"data set {path} is neither a folder nor a .csv, .yaml or .yml file")
+
+
+def _load_folder(root: Path) -> tuple[SiteData, ...]:
+    folders = sorted(path for path in root.iterdir() if (path / "train" / GOOD).is_dir())
+    if not folders:
+        raise DatasetError(
+            f"data folder {root} has no SITE/train/{GOOD} folder; expected one folder per site (MVTec AD layout)"
+        )
+    return tuple(make_site(folder.name, *load_category(folder)) for folder in folders)
 
 
 def load_csv(path: Path) -> tuple[SiteData, ...]:

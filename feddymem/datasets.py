@@ -1,10 +1,10 @@
-"""Data sets: the images of each site, from a folder in the MVTec AD layout or from a file that lists them.
+"""Data sets: the images of each site, and how they lie in folders in the MVTec AD layout.
 
 ROOT/SITE/train/good/*                  normal images, for the memory bank
 ROOT/SITE/test/good/*, test/KIND/*      test images, normal and defect
 ROOT/SITE/ground_truth/KIND/STEM_mask.png    masks of the defects
 
-The files are read by `feddymem.dataset_files`; docs/data-sets.md has an example of each.
+`feddymem.dataset_files` finds them, in such folders or in files that list them.
 """
 
 from __future__ import annotations
@@ -127,38 +127,6 @@ def list_images(folder: Path) -> tuple[Path, ...]:
     if not found:
         raise DatasetError(f"folder {folder} has no image ({', '.join(sorted(SUFFIXES))})")
     return found
-
-
-def load_sites(path: Path) -> tuple[SiteData, ...]:
-    """All sites of a data set, by name.
-
-    Args:
-        path: a folder of site folders in the MVTec AD layout; a CSV file of images, ours or VisA's; or a YAML file that
-            makes sites out of several public data sets.
-
-    Raises:
-        DatasetError: nothing there, not in the layout, or a site without images for training.
-    """
-    from feddymem import dataset_files  # it needs the classes above
-
-    if path.is_dir():
-        return _load_folder(path)
-    if not path.exists():
-        raise DatasetError(f"data set {path} does not exist; expected a folder, a CSV or a YAML file")
-    if path.suffix.lower() == ".csv":
-        return dataset_files.load_csv(path)
-    if path.suffix.lower() in {".yaml", ".yml"}:
-        return dataset_files.load_mixture(path)
-    raise DatasetError(f"data set {path} is neither a folder nor a .csv, .yaml or .yml file")
-
-
-def _load_folder(root: Path) -> tuple[SiteData, ...]:
-    folders = sorted(path for path in root.iterdir() if (path / "train" / GOOD).is_dir())
-    if not folders:
-        raise DatasetError(
-            f"data folder {root} has no SITE/train/{GOOD} folder; expected one folder per site (MVTec AD layout)"
-        )
-    return tuple(make_site(folder.name, *load_category(folder)) for folder in folders)
 
 
 def load_category(folder: Path, good: str = GOOD, masks: Sequence[str] = ("{stem}_mask.png",)) -> Images:

@@ -24,8 +24,8 @@ from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.feature_space import FeatureSpace
 from feddymem.hold_out import calibrate
 from feddymem.maps import anomaly_map
-from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import Method
+from feddymem.progress import Progress, no_progress
 from feddymem.scoring import Inspection, Scorer
 from feddymem.verdicts import judge
 

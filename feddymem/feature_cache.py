@@ -26,8 +26,8 @@ from feddymem.datasets import DatasetError
 from feddymem.extraction import ImageFile, Stamp, features_of, stamp_of
 from feddymem.hold_out import held_out
 from feddymem.images import MAX_PIXELS, ImageError
-from feddymem.memory_reduce import Progress, no_progress
 from feddymem.patches import images_per_block
+from feddymem.progress import Progress, no_progress
 
 LIMIT_BYTES = 4 * 2**30
 """Default bound of the whole folder; about 17,000 images of the default feature space."""

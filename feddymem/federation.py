@@ -12,10 +12,10 @@ from feddymem.generator import MemoryGenerator
 from feddymem.item_types import as_received
 from feddymem.local_update import local_update
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress, no_progress
 from feddymem.method import ItemType, Method
 from feddymem.outliers import Outlier, bounded, outlying
 from feddymem.patches import PatchSource
+from feddymem.progress import Progress, no_progress
 
 _log = logging.getLogger(__name__)
 

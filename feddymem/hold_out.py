@@ -9,8 +9,8 @@ import numpy as np
 
 from feddymem.calibration import SiteCalibration
 from feddymem.maps import anomaly_map
-from feddymem.memory_reduce import Progress, no_progress
 from feddymem.patches import PatchSource
+from feddymem.progress import Progress, no_progress
 from feddymem.scoring import Inspection, Scorer
 from feddymem.sketch import ScoreSketch
 

@@ -10,10 +10,11 @@ import torch
 from feddymem.distances import nearest_items
 from feddymem.generator import MemoryGenerator
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress, Transform, identity, no_progress, reduce, sample
+from feddymem.memory_reduce import Transform, identity, reduce, sample
 from feddymem.method import Method
 from feddymem.metric_loss import metric_loss
 from feddymem.patches import PatchSource
+from feddymem.progress import Progress, no_progress
 
 _LEARNING_RATE = 1e-3
 _IMAGES_PER_STEP = 4

@@ -23,12 +23,10 @@ from torch import Tensor
 from feddymem.distances import nearest_items, squared_distances, squared_lengths
 from feddymem.memory import MemoryBank
 from feddymem.patches import PatchSource
+from feddymem.progress import Progress, no_progress
 
 _FRONTIER = 512
 _ROWS = 2048
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, steps done and steps in all."""
 
 Transform = Callable[[Tensor], Tensor]
 """Maps (images, patches, channels) to the same shape: the memory generator, or nothing."""
@@ -37,10 +35,6 @@ Transform = Callable[[Tensor], Tensor]
 def identity(features: Tensor) -> Tensor:
     """The transform of a federation without memory generators."""
     return features
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Shows nothing."""
 
 
 def reduce(

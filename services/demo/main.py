@@ -20,7 +20,8 @@ from rich.table import Table
 
 from feddymem.backbone import load_extractor
 from feddymem.client import InspectionClient, InspectionError, NotServedError, UnavailableError
-from feddymem.datasets import DatasetError, SiteData, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import DatasetError, SiteData
 from feddymem.method import Method
 from feddymem.synthetic import write_products
 from feddymem.v1.federation_pb2 import PHASE_DONE, FederationStatus, Phase

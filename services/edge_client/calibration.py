@@ -6,8 +6,8 @@ from feddymem.backbone import FeatureExtractor
 from feddymem.generator import MemoryGenerator
 from feddymem.hold_out import calibrate
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import Progress
 from feddymem.patches import PatchSource
+from feddymem.progress import Progress
 from feddymem.scoring import Scorer
 from feddymem.v1.federation_pb2 import CalibrateRequest
 from services.runtime.messages import site_calibration_to_message

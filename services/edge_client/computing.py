@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from feddymem.memory_reduce import Progress
+from feddymem.progress import Progress
 from services.edge_client import metrics
 from services.runtime import tracing
 from services.runtime.backoff import Backoff

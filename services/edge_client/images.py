@@ -9,7 +9,7 @@ from pathlib import Path
 from feddymem.backbone import FeatureExtractor
 from feddymem.datasets import list_images
 from feddymem.feature_cache import CachedPatches, FeatureCache
-from feddymem.memory_reduce import Progress
+from feddymem.progress import Progress
 from services.edge_client import metrics
 from services.edge_client.arrivals import Arrivals
 from services.edge_client.settings import EdgeClientSettings

@@ -14,14 +14,15 @@ from rich.table import Column, Table
 
 from feddymem.backbone import FeatureExtractor, load_extractor
 from feddymem.comparison import CONTENDERS
-from feddymem.datasets import DatasetError, SiteData, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import DatasetError, SiteData
 from feddymem.experiment import METRICS, Experiment, Result, drawn, extract_all, run, seeds_run
 from feddymem.feature_cache import FeatureCache
 from feddymem.folders import cache_folder
 from feddymem.images import ImageError
-from feddymem.memory_reduce import Progress as Report
 from feddymem.method import Method
 from feddymem.network import EMBEDDED_BACKBONE
+from feddymem.progress import Progress as Report
 from services.cli.consoles import standard_error, standard_output
 from services.cli.exit_codes import FAILED, OK, USAGE
 from services.evaluate.report import COLUMNS, cells, write_report

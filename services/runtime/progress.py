@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from feddymem.memory_reduce import Progress as Report
+from feddymem.progress import Progress as Report
 from services.runtime.logs import get_logger
 
 _LOG_SECONDS = 10.0

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from feddymem.client import InspectionClient, NotServedError, UnavailableError
-from feddymem.datasets import SiteData, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import SiteData
 from feddymem.synthetic import write_products
 from feddymem.v1.release_pb2 import DownloadArrayRequest, Release, WatchReleasesRequest
 from feddymem.v1.release_pb2_grpc import ReleaseServiceStub

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from feddymem import comparison
 from feddymem.comparison import CONTENDERS, Sites, alone, average, fedavg, federated, pooled, running_average
 from feddymem.generator import MemoryGenerator
-from feddymem.memory_reduce import no_progress
 from feddymem.method import ItemType, Method
 from feddymem.patches import PatchArray
+from feddymem.progress import no_progress
 from services.runtime.arrays import bank_to_wire
 
 GRID, CHANNELS = 4, 8

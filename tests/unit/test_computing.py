@@ -9,7 +9,7 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
-from feddymem.memory_reduce import no_progress
+from feddymem.progress import no_progress
 from services.edge_client import metrics
 from services.edge_client.computing import Computing
 from services.edge_client.settings import EdgeClientSettings

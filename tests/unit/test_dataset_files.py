@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feddymem.datasets import DatasetError, SiteData, TestImage, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import DatasetError, SiteData, TestImage
 from tests.unit.test_datasets import image
 from tests.unit.test_datasets import site as mvtec_category
 

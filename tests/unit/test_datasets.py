@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from feddymem.datasets import DatasetError, TestImage, list_images, load_sites, read_mask
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import DatasetError, TestImage, list_images, read_mask
 from feddymem.images import ImageError
 
 

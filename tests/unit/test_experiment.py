@@ -12,7 +12,8 @@ import pytest
 
 from feddymem.backbone import FeatureExtractor
 from feddymem.comparison import CONTENDERS, Contender, Detectors, Sites, averaged
-from feddymem.datasets import SiteData, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import SiteData
 from feddymem.experiment import METRICS, Experiment, Figures, Result, Run, drawn, extract_all, run, seeds_run
 from feddymem.feature_cache import CachedPatches, FeatureCache
 from feddymem.method import Method

@@ -17,7 +17,7 @@ from feddymem.datasets import DatasetError
 from feddymem.extraction import features_of
 from feddymem.feature_cache import Extraction, FeatureCache
 from feddymem.images import MAX_PIXELS, ImageError, decode_file
-from feddymem.memory_reduce import Progress, no_progress
+from feddymem.progress import Progress, no_progress
 from feddymem.threads import team, workers
 
 

@@ -14,8 +14,8 @@ import pytest
 from grpc import aio
 from structlog.testing import capture_logs
 
-from feddymem.memory_reduce import no_progress
 from feddymem.method import Method
+from feddymem.progress import no_progress
 from feddymem.v1.array_pb2 import Array
 from feddymem.v1.federation_pb2 import (
     PHASE_CALIBRATING,

@@ -9,7 +9,7 @@ from typing import cast
 from structlog.testing import capture_logs
 
 from feddymem.feature_cache import CachedPatches
-from feddymem.memory_reduce import no_progress
+from feddymem.progress import no_progress
 from feddymem.v1.federation_pb2 import BankHeader
 from services.edge_client.computing import Computing
 from services.edge_client.images import SiteImages

@@ -10,8 +10,8 @@ from feddymem.backbone import FeatureExtractor
 from feddymem.generator import MemoryGenerator
 from feddymem.hold_out import calibrate
 from feddymem.memory import MemoryBank
-from feddymem.memory_reduce import no_progress
 from feddymem.patches import PatchArray
+from feddymem.progress import no_progress
 from feddymem.scoring import Scorer
 from services.edge_client.calibration import calibration_of
 from services.runtime.messages import site_calibration_from_message

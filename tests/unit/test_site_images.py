@@ -11,7 +11,7 @@ import pytest
 
 from feddymem.backbone import FeatureExtractor
 from feddymem.feature_cache import CachedPatches, FeatureCache
-from feddymem.memory_reduce import no_progress
+from feddymem.progress import no_progress
 from services.edge_client.arrivals import Arrivals
 from services.edge_client.images import SiteImages
 from services.edge_client.settings import EdgeClientSettings

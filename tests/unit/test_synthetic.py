@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from skimage import data
 
 from feddymem import synthetic
-from feddymem.datasets import SiteData, load_sites
+from feddymem.dataset_files import load_sites
+from feddymem.datasets import SiteData
 from feddymem.synthetic import SITES, write_products
 
 
