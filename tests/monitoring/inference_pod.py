@@ -52,8 +52,8 @@ def fill(federations: int = FEDERATIONS) -> None:
                 rpc.RPCS.labels(name, code).inc()
             if service in _INSPECTIONS:
                 rpc.RPC_SECONDS.labels(name).observe(0.01)
-            limit = "streams" if "Stream" in method.name else "rate"
-            rpc.RPCS_OVER_LIMIT.labels(name, limit).inc()
+            for limit in _limits(method.name):
+                rpc.RPCS_OVER_LIMIT.labels(name, limit).inc()
     for number in range(federations):
         name = f"federation-{number}"
         for anomalous in (False, True):
@@ -71,6 +71,13 @@ def fill(federations: int = FEDERATIONS) -> None:
     EXPIRY.set(1.8e9)
     files.DAMAGED.inc()
     show_device("cuda")
+
+
+def _limits(method: str) -> tuple[str, ...]:
+    """What somebody who runs wild with a method meets."""
+    if "Stream" in method:
+        return ("streams",)
+    return ("open", "bytes") if method in _INSPECT else ("rate",)
 
 
 def main() -> None:
