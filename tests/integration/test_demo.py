@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from feddymem.datasets import SiteData
+from tests.monitoring.promtool import program
 from tests.monitoring.servers import asked
 
 DEMO = [sys.executable, "-m", "services.cli", "demo"]
@@ -87,8 +88,7 @@ def test_interrupted_or_killed_it_leaves_no_process(data: Path, tmp_path: Path, 
 
 
 def test_with_prometheus_all_of_it_runs_until_it_is_interrupted(data: Path, tmp_path: Path) -> None:
-    if shutil.which("prometheus") is None:
-        pytest.skip("prometheus is missing: tests/monitoring/install has it, of Debian's package")
+    program("prometheus")
     command = [*DEMO, "--with-prometheus", "--data", str(data), "--out", str(tmp_path / "out")]
     output = tmp_path / "output"
     with output.open("wb") as written:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import yaml
 
 from services.demo.prometheus import MONITORING, Target, write_targets
 from tests.monitoring.faster import FACTOR, faster
-from tests.monitoring.promtool import promtool
+from tests.monitoring.promtool import program, promtool
 
 FILES = ("prometheus.yaml", "rules.yaml", "alertmanager.yaml")
 MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -23,10 +22,8 @@ def durations(text: str) -> list[int]:
 
 
 def amtool(*arguments: str) -> str:
-    found = shutil.which("amtool")
-    if found is None:
-        pytest.skip("amtool is missing: tests/monitoring/install has it, of Debian's package `prometheus-alertmanager`")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, timeout=60, check=True).stdout
+    command = [program("amtool"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def test_prometheus_takes_its_configuration() -> None:
