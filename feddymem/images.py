@@ -262,7 +262,7 @@ def _check_png_chunks(data: bytes) -> None:
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         position += 12 + length
-        if kind == b"IEND":
+        if kind == b"IEND" and position <= len(data):
             return
     if position != len(data):
         raise ImageError(f"image is a PNG that is truncated or corrupt near byte {min(position, len(data))}")

@@ -97,7 +97,9 @@ class _CheckedCall:
     async def _response(self) -> Any:
         return self._message(await self._call)
 
-    def _message(self, raw: bytes) -> Any:
+    def _message(self, raw: bytes | None) -> Any:
+        if raw is None:  # gRPC's word for a call that ended well without a message, as a flipped bit can make of one
+            raise data_loss("a call was answered without a message; make it again")
         try:
             return self._deserializer(without_checksum(raw))
         except DecodeError as error:

@@ -94,7 +94,8 @@ _EDGE = {
 _INFERENCE = {
     f"{_REGISTRY}.load": (1,),
     f"{_REGISTRY}.receive": (1, 2, 3, 4),
-    f"{_REGISTRY}._activate": (1, 2, 3, 4),
+    f"{_REGISTRY}._take": (1, 2),
+    f"{_REGISTRY}._activate": (1, 2),
     f"{_REGISTRY}._build": (1, 2, 3),
     f"{_REGISTRY}._forget": (1, 2, 3, 4, 5),  # the first one by `load`
     f"{_RELEASE_STORE}.open": (1, 2, 3, 4),
@@ -126,7 +127,7 @@ _SHORT = {
     f"before {_RENAME} 6",
     f"before {_PUBLISHER}.publish 2",
     f"before {_STORE}.append 4",
-    f"after {_REGISTRY}._activate 4",
+    f"after {_REGISTRY}._activate 2",
     f"after {_RELEASE_STORE}.write 4",
     "after services.runtime.following:download 2",
 }

@@ -144,9 +144,16 @@ def png_that_claims_a_long_chunk() -> bytes:
     return bytes(data)
 
 
+def png_whose_end_claims_to_be_long() -> bytes:
+    return png_header(WIDTH, HEIGHT, 8, 0) + struct.pack(">I", 512 * 2**20) + b"IEND" + bytes(40)
+
+
 def tiff_that_claims_a_huge_tile() -> bytes:
     return with_tags(tiff(smooth(), tile=(32, 32)), {322: 16_384, 323: 8_192})
 
 
-BOMBS = (huge_png, huge_bmp, huge_jpeg, huge_tiff, png_that_claims_a_long_chunk, tiff_that_claims_a_huge_tile)
+BOMBS = (
+    *(huge_png, huge_bmp, huge_jpeg, huge_tiff),
+    *(png_that_claims_a_long_chunk, png_whose_end_claims_to_be_long, tiff_that_claims_a_huge_tile),
+)
 """Small files that claim to be huge."""

@@ -47,6 +47,23 @@ def test_a_flipped_bit_is_found_wherever_it_is(message: Any) -> None:
         assert caught.value.status == grpc.StatusCode.DATA_LOSS
 
 
+async def test_an_answer_without_a_message_is_lost_data() -> None:
+    """So gRPC gives it where a line has made an end of the answer before its message."""
+
+    class Channel:
+        def unary_unary(self, *_args: Any, **_more: Any) -> Any:
+            async def answered(_request: bytes) -> None:
+                return None
+
+            return answered
+
+    channel: Any = Channel()
+    status = checked_channel(channel).unary_unary("/status", bytes, GetStatusResponse.FromString)
+    with pytest.raises(Refusal, match="answered without a message") as caught:
+        await status(b"")
+    assert caught.value.status == grpc.StatusCode.DATA_LOSS
+
+
 def test_a_reader_that_knows_no_checksum_passes_over_it() -> None:
     [message, _] = MESSAGES
     read = UploadBankRequest.FromString(with_checksum(UploadBankRequest.SerializeToString)(message))

@@ -28,6 +28,7 @@ from tests.unit.encoded_images import (
     pillow,
     png,
     png_that_claims_a_long_chunk,
+    png_whose_end_claims_to_be_long,
     smooth,
     tiff,
     tiff_that_claims_a_huge_tile,
@@ -174,6 +175,7 @@ print(peak() - before)
         (huge_jpeg, "30000 x 30000 = 900000000 pixels; at most 64000000 are allowed"),
         (huge_tiff, "30000 x 30000 = 900000000 pixels; at most 64000000 are allowed"),
         (png_that_claims_a_long_chunk, "image"),
+        (png_whose_end_claims_to_be_long, "image"),
         (tiff_that_claims_a_huge_tile, "image"),
     ],
 )
