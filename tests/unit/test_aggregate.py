@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from feddymem.aggregate import Aggregation, aggregate
 from feddymem.memory import MemoryBank
+from feddymem.memory_reduce import greedy_cover
 
 
 def bank(count: int, channels: int = 5, seed: int = 0, shift: float = 0, origins: int = 1) -> MemoryBank:
@@ -79,6 +81,20 @@ def test_the_items_are_those_of_k_means() -> None:
     np.testing.assert_allclose(squared_distances(merged.memory.items, means).min(0), 0, atol=1e-5)
     assert merged.memory.patches.tolist() == [25] * 4
     assert merged.iterations > 0
+
+
+def test_items_move_from_coverage_seeds_until_they_are_the_means_of_their_cells() -> None:
+    pool = bank(60, channels=2, seed=1)
+    places = pool.items[greedy_cover(torch.from_numpy(pool.items), 5).numpy()]
+    moves = 0
+    while True:
+        cells = squared_distances(pool.items, places).argmin(1)
+        means = np.stack([pool.items[cells == number].mean(0) for number in range(5)])
+        if np.allclose(means, places):
+            break
+        places, moves = means, moves + 1
+    assert moves > 3
+    np.testing.assert_allclose(aggregate([pool], 5).memory.items, places, rtol=1e-4, atol=1e-4)
 
 
 def test_sites_far_apart_all_keep_items() -> None:

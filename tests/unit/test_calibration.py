@@ -107,7 +107,15 @@ def test_a_site_with_too_few_rests_on_all_of_which_each_counts_in_units_of_its_s
     assert (found.basis, found.images) == ("federation", 36)
     assert found.rate == pytest.approx(1 / 37)
     assert 2 < found.threshold < 2.3
-    assert limit([other, own], 0.05).threshold == pytest.approx(10 * found.threshold, rel=0.02)
+    tenfold = limit([other, own], 0.05)
+    assert tenfold.threshold == pytest.approx(10 * found.threshold, rel=0.02)
+    assert tenfold.low == pytest.approx(10 * found.low, rel=0.02)
+
+
+def test_the_mean_of_a_site_s_few_images_is_as_uncertain_as_so_few_make_it() -> None:
+    found = limit([np.linspace(1, 2, 4), np.linspace(10, 20, 12), np.linspace(30, 50, 12)], 0.02)
+    assert (found.basis, found.images) == ("federation", 28)
+    assert found.scale_error == pytest.approx(found.reference.std() / 2)
 
 
 def test_a_site_with_one_image_or_none_takes_those_of_all_as_they_are() -> None:

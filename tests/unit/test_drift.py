@@ -93,6 +93,29 @@ def test_so_few_images_of_several_sites_together_do_not_make_their_differences_d
         assert found_after(DriftTest(known), levels[0] * scores(rng, 100, 2.5)) <= 50
 
 
+def test_the_error_of_the_mean_of_a_site_s_few_images_is_no_drift() -> None:
+    """Four images of its own, held against five other sites' through their mean, which is often off by 5 %."""
+    found = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        known = limit(scores(rng, 4), *(scores(rng, 12) for _ in range(5)))
+        assert (known.basis, known.images) == ("federation", 64)
+        found += found_after(DriftTest(known), scores(rng, 300)) != NEVER
+    assert found <= 3
+
+
+def test_evidence_adds_up_from_image_to_image() -> None:
+    known, rng = limit([10.0, 11, 12, 13, 14]), np.random.default_rng(0)
+    for rising in (True, False):
+        evidence, same = (drift._Evidence(known, 1.0, rising) for _ in range(2))
+        value = 0.0
+        for score in rng.uniform(9, 15, 30):
+            rounded = STEP ** level_of(float(score))
+            evidence.add(rounded, keep=True)
+            value = (1 + value) * drift._bet(same.p_value(rounded, keep=True))
+            assert evidence.value == pytest.approx(value)
+
+
 def test_a_bet_is_fair_at_best_whatever_share_of_defects_there_is_up_to_the_one_allowed() -> None:
     p_values = (np.arange(100_000) + 0.5) / 100_000
     mean = float(np.mean([drift._bet(p) for p in p_values]))
@@ -142,6 +165,19 @@ def test_drift_goes_on_while_there_is_evidence_and_ends_after_enough_images_with
     assert QUIET_IMAGES - 50 <= len(calm) <= QUIET_IMAGES + 50
     assert (test.found, test.images_since) == (False, 0)
     assert found_after(test, scores(rng, 300, HALF)) < 100
+
+
+def test_while_there_is_drift_images_are_compared_with_those_held_out_alone() -> None:
+    rng = np.random.default_rng(0)
+    test = DriftTest(limit(scores(rng, 72)))
+    found_after(test, scores(rng, 100))
+    assert test._rising._images == test._falling._images == 172
+    found_after(test, scores(rng, 300, HALF))
+    for score in scores(rng, 50, HALF):
+        assert test.found
+        for each in (test._rising, test._falling):
+            assert each._images == each._counts.sum() == 72
+        test.add(float(score))
 
 
 def _still(test: DriftTest, score: float) -> bool:

@@ -133,6 +133,13 @@ def test_items_that_are_merged_come_from_all_the_sites_behind_them() -> None:
     assert dict(zip(places, merged.weights.tolist(), strict=True)) == {0: [3, 3], 10: [3, 0], 20: [0, 3]}
 
 
+@pytest.mark.parametrize(("weighted", "place"), [(False, 0.5), (True, 0.1)])
+def test_only_where_the_method_says_so_items_count_as_often_as_their_patches(weighted: bool, place: float) -> None:
+    heavy = dataclasses.replace(small_bank(0, 1, 9), weights=np.array([[9], [1], [1]], np.float32))
+    merged = next_memory(None, {"a": heavy}, ["a"], method(memory_items=2, weighted=weighted)).memory
+    assert sorted(merged.items[:, 0].tolist()) == pytest.approx([place, 9])
+
+
 def test_without_origins_the_memory_does_not_tell_sites_apart() -> None:
     chosen = method(origins=False)
     first = next_memory(None, {"a": small_bank(0), "b": small_bank(1)}, ["a", "b"], chosen).memory
@@ -191,6 +198,13 @@ def test_a_federation_tells_which_banks_were_left_out(caplog: pytest.LogCaptureF
     first, second = caplog.messages
     assert first.startswith("round 1 leaves the bank of site d out: ")
     assert second.startswith("round 2 leaves the bank of site d out: ")
+
+
+def test_the_bytes_of_a_bank_are_those_of_the_items_that_it_has() -> None:
+    """A site with one image has fewer patches than a bank may have items."""
+    sites: dict[str, PatchSource] = {"a": PatchArray(features(0, seed=1)), "b": PatchArray(features(0, 1, seed=2))}
+    sent = federate(sites, method(rounds=1)).bytes_sent
+    assert sent == {"a": (METHOD.bank_bytes(24, CHANNELS),), "b": (METHOD.bank_bytes(GRID * GRID, CHANNELS),)}
 
 
 @pytest.mark.parametrize("items", [1, 10, 60])

@@ -37,6 +37,22 @@ def test_the_same_seed_gives_the_same_clusters_also_where_some_become_empty() ->
     assert len(np.unique(first.cells)) > 3
 
 
+def test_of_a_cluster_of_many_items_all_count() -> None:
+    """Faiss by itself takes a sample of 256 items a cluster."""
+    items = np.random.default_rng(0).normal(size=(1_500, 3)).astype(np.float32)
+    items[::2] += 50
+    found = k_means(items, items[:2], 5, seed=0)
+    np.testing.assert_allclose(found.centroids, [items[::2].mean(0), items[1::2].mean(0)], rtol=1e-5, atol=1e-5)
+
+
+def test_faiss_computes_in_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr("feddymem.k_means.faiss.omp_set_num_threads", told.append)
+    items = np.eye(4, dtype=np.float32)
+    k_means(items, items[:2], 1, seed=0)
+    assert told == [torch.get_num_threads()]
+
+
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"}, reason="another processor")
 def test_the_blas_of_faiss_knows_what_this_processor_can_do() -> None:
     """By itself it takes many made since 2021 for a Prescott, of 2004."""

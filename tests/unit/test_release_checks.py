@@ -96,6 +96,13 @@ def test_more_alarms_than_rate_and_chance_make_fail() -> None:
     assert found["alarm_rate"].finding == "a: 5 alarms of 10 images, expected at most 4"
 
 
+def test_alarms_are_held_against_the_rate_that_the_limit_guarantees() -> None:
+    """Of 98 images it is 4/99: at that, three alarms of four are no chance; at the 0.05 wanted they could be."""
+    found = checks({"a": (10.0, 90.0, 90.0, 90.0), "b": (40.0,) * 47, "c": (40.0,) * 47})
+    assert failed(found) == ["alarm_rate"]
+    assert found["alarm_rate"].finding == "a: 3 alarms of 4 images, expected at most 2"
+
+
 def test_limits_made_of_the_very_images_are_not_said_to_be_tested() -> None:
     found = checks({"few": NORMAL[:6], "a": NORMAL, "b": NORMAL})["alarm_rate"]
     assert found.passed
@@ -106,6 +113,9 @@ def test_limits_made_of_the_very_images_are_not_said_to_be_tested() -> None:
 def test_a_site_s_images_may_not_score_much_higher_than_with_the_base() -> None:
     base = {"a": NORMAL, "b": NORMAL}
     assert failed(checks({"a": times(1.08), "b": NORMAL}, base)) == []
+    assert failed(checks({"a": times(1.105), "b": NORMAL}, base)) == [
+        "not_worse"
+    ]  # a rise of less than a tenth of what it is now
     found = checks({"a": times(1.2), "b": NORMAL}, base)
     assert failed(found) == ["not_worse"]
     assert found["not_worse"].finding.startswith("a: the median score of its held-out images rises from 44.")
@@ -122,6 +132,8 @@ def test_where_images_are_all_equal_a_rise_from_nothing_to_next_to_nothing_is_no
 def test_the_median_of_few_images_is_chance() -> None:
     few = NORMAL[: LEAST - 1]
     assert failed(checks({"a": times(2, few)}, {"a": few})) == []
+    enough = NORMAL[:LEAST]
+    assert failed(checks({"a": times(2, enough)}, {"a": enough})) == ["not_worse"]
 
 
 @pytest.mark.parametrize(

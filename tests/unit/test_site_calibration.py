@@ -33,12 +33,15 @@ def test_both_memories_are_scored_as_the_library_does(small: FeatureExtractor, w
     if with_generator:
         torch.manual_seed(0)
         generator = MemoryGenerator(small.feature_space.channels, small.feature_space.grid, scale=2).eval()
+        generator.requires_grad_(False).outer.bias.fill_(0.5)  # a new one is the identity
     candidate, base, images = memory(small, 1), memory(small, 2), held_out(small)
     said = calibration_of(small, candidate, base, generator, images, no_progress)
     found = site_calibration_from_message(said.candidate), site_calibration_from_message(said.base)
     assert found == tuple(calibrate(Scorer(small, each, generator), images) for each in (candidate, base))
     assert (len(found[0].scores), len(found[1].peaks)) == (6, 6)
     assert found[0] != found[1]
+    as_without = calibration_of(small, candidate, base, None, images, no_progress)
+    assert (said.candidate != as_without.candidate, said.base != as_without.base) == (with_generator,) * 2
 
 
 @pytest.mark.parametrize("has_base", [False, True])
