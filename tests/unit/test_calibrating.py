@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,6 +16,8 @@ from feddymem.calibration import site_key
 from feddymem.v1.federation_pb2 import PHASE_AGGREGATING, PHASE_CALIBRATING, PHASE_DONE, CalibrateRequest, Phase
 from feddymem.v1.operator_pb2 import STANDING_ADMITTED, STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
+from services.aggregator import rounds
+from services.aggregator.calibrating import calibrated
 from services.aggregator.federation import Federation
 from services.runtime.errors import Refusal
 from tests.integration.fake_site import calibration_message
@@ -137,6 +141,46 @@ async def test_sites_that_say_nothing_are_waited_for_until_the_deadline(tmp_path
             federation.calibrate(said(federation, "b"))
             release = await until_released(federation, 1)
     assert [site.site_sha256.hex() for site in release.calibration.sites] == [site_key("parts", "b")]
+
+
+async def test_what_is_said_while_a_candidate_is_checked_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        checking.set()
+        assert go_on.wait(30)
+        return calibrated(*arguments)
+
+    monkeypatch.setattr(rounds, "calibrated", slow)
+    hasty = HELD_OUT.model_copy(update={"calibration_deadline_seconds": 0.01})
+    with opened(tmp_path, hasty) as federation, ExitStack() as stack:
+        there(federation, stack)
+        async with driven(federation):
+            await merged(federation)
+            assert await asyncio.to_thread(checking.wait, 30)
+            for site in ("a", "b"):
+                federation.calibrate(said(federation, site))
+            go_on.set()
+            release = await until_released(federation, 1)
+    told = {site.site_sha256.hex() for site in release.calibration.sites}
+    assert told == {site_key("parts", site) for site in ("a", "b")}
+
+
+async def test_a_release_tells_the_alarms_that_its_threshold_makes_of_held_out_images(tmp_path: Path) -> None:
+    lenient = HELD_OUT.model_copy(update={"false_alarm_rate": 0.3})
+    with opened(tmp_path, lenient) as federation, ExitStack() as stack:
+        there(federation, stack)
+        async with driven(federation):
+            await merged(federation)
+            for site, scores in zip(SITES, (SCORES, SCORES[:7], []), strict=True):
+                federation.calibrate(said(federation, site, scores))
+            await until_released(federation, 1)
+        found = federation.releases.details(1).sites
+    # With the image that is judged, 3 of 11 and 2 of 8 are alarms, of which that one would be the last.
+    assert [(site.site, site.alarms) for site in found] == [("a", 2), ("b", 1), ("c", 0)]
+    assert [site.guaranteed_rate for site in found[:2]] == [3 / 11, 2 / 8]
 
 
 async def test_without_a_hold_out_the_phase_is_not_there(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 from PIL import Image
 
@@ -119,6 +120,18 @@ def calibrated(sites: dict[str, list[float]], rate: float = 0.1) -> ReleaseLimit
         for name, scores in sites.items()
     }
     return ReleaseLimits("parts", Calibration.of(keyed, rate))
+
+
+async def test_verdicts_are_counted_by_what_they_say(core: Core) -> None:
+    def counted() -> list[float]:
+        shown = ({"federation": "parts", "verdict": each} for each in ("normal", "anomalous"))
+        of = prometheus_client.REGISTRY.get_sample_value
+        return [of("feddymem_verdicts_total", labels) or 0.0 for labels in shown]
+
+    normal, anomalous = counted()
+    for threshold in (0.0, SCORE, float("inf"), None):
+        await core.result(threshold=threshold)
+    assert counted() == [normal + 1, anomalous + 2]
 
 
 NORMALS = list(np.linspace(1, 2, 40))

@@ -215,3 +215,12 @@ async def test_a_release_that_nobody_has_sent_images_for_is_in_the_status(tmp_pa
     async with inspecting(tmp_path) as (registry, _inspector):
         await registry.receive(small_release(registry, 3, calibration=message(HIGH)))
         assert scoring(registry.active(), "") == [ScoringStatus(federation="parts", release=3)]
+
+
+async def test_an_image_is_noted_on_its_line_with_its_score(tmp_path: Path) -> None:
+    async with inspecting(tmp_path) as (registry, inspector):
+        await registry.receive(small_release(registry, 3, calibration=message(LOW)))
+        for _ in range(3):
+            await asyncio.wait_for(inspector.inspect(Inspection(IMAGE, site="north")), SECONDS)
+        [state] = scoring(registry.active(), "")
+        assert (state.images, state.recent_alarms) == (3, 3)

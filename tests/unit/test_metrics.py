@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import prometheus_client
 import pytest
@@ -241,6 +243,23 @@ def test_a_disk_that_cannot_be_asked_takes_no_other_metric_along(tmp_path: Path)
     server.shutdown()
     server.server_close()
     assert 0 < (value("feddymem_state_free_bytes") or 0) <= (value("feddymem_state_size_bytes") or 0)
+
+
+def test_the_disk_is_shown_with_its_size_and_the_room_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(total=9, used=4, free=3)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    server = metrics.serve_metrics("127.0.0.1", 0, tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert [value(f"feddymem_state_{what}_bytes") for what in ("size", "free")] == [9, 3]
+    assert set(asked) == {tmp_path}
 
 
 def test_a_gpus_memory_is_that_of_now(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from feddymem.backbone import load_extractor
 from feddymem.calibration import Calibration, SiteCalibration, site_key
+from feddymem.feature_space import FingerprintMismatchError
 from feddymem.memory import MemoryBank
 from feddymem.sketch import ScoreSketch
 from feddymem.v1.calibration_pb2 import Calibration as CalibrationMessage
@@ -292,3 +294,14 @@ async def test_lines_are_the_same_while_the_release_is(tmp_path: Path) -> None:
     assert started.find("parts", "").lines is lines
     await started.receive(small_release(started, 4, calibration=CALIBRATION))
     assert started.find("parts", "").lines is not lines
+
+
+async def test_a_release_of_other_weights_than_those_of_the_backbone_is_refused(tmp_path: Path) -> None:
+    started = small_registry(tmp_path)
+    foreign = small_release(started, 3)
+    space = load_extractor(input_size=32, device="cpu").feature_space
+    foreign.feature_space.CopyFrom(feature_space_to_message(dataclasses.replace(space, weights_sha256="0" * 64)))
+    with pytest.raises(FingerprintMismatchError, match=f"weights_sha256: {space.weights_sha256} against {'0' * 64}"):
+        await started.receive(foreign)
+    assert not started.ready
+    assert not list((tmp_path / "releases").glob("*.binpb"))

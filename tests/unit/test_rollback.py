@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,19 @@ async def test_a_site_whose_release_was_damaged_is_told_to_come_again_and_others
     with pytest.raises(Refusal) as refused:
         line.pair("b")
     assert refused.value.status is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_generator_of_other_weights_scores_nothing_and_the_other_sites_go_on(line: Line) -> None:
+    own = line.space
+    line.space = dataclasses.replace(own, weights_sha256="0" * 64)
+    await line.generator(1)
+    line.space = own
+    with capture_logs() as logs:
+        await line.memory(1)
+    [said] = [entry for entry in logs if entry["event"] == "generator_refused"]
+    assert (said["site"], f"weights_sha256: {own.weights_sha256} against 000" in said["reason"]) == ("a", True)
+    assert not line.registry.ready
+    await line.generator(1, site="b")
+    assert (line.pair("b"), line.registry.ready) == ((1, 1), True)
+    with pytest.raises(Refusal, match="no release ready for site 'a'"):
+        line.pair("a")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from feddymem.feature_space import FeatureSpace
 from feddymem.federation import NextMemory
 from feddymem.method import Method
 from feddymem.outliers import Outlier
-from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN
+from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, BankHeader
 from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
 from services.aggregator import rounds as module
@@ -28,6 +29,7 @@ from services.aggregator.state import State
 from services.aggregator.uploads import Uploads
 from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_to_wire
+from services.runtime.errors import Refusal
 from services.runtime.publisher import Publisher
 from tests.integration.fake_site import make_bank
 from tests.unit.one_federation import METHOD, SETTINGS, join, opened, upload
@@ -54,6 +56,30 @@ class Slow:
 
     def go_on(self) -> None:
         self._go_on.set()
+
+
+async def test_a_bank_of_a_site_that_is_removed_while_its_values_are_checked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+    check = Federation._check_values
+
+    def slow(federation: Federation, header: BankHeader, space: FeatureSpace) -> int:
+        checking.set()
+        assert go_on.wait(30)
+        return check(federation, header, space)
+
+    monkeypatch.setattr(Federation, "_check_values", slow)
+    with opened(tmp_path) as federation:
+        for site in SITES:
+            join(federation, site)
+        uploaded = asyncio.ensure_future(upload(federation, "c"))
+        assert await asyncio.to_thread(checking.wait, 30)
+        federation.remove("c")
+        go_on.set()
+        with pytest.raises(Refusal, match="has not joined"):
+            await uploaded
+        assert federation._state.bank("parts", 1, "c") is None
 
 
 @pytest.mark.parametrize(
@@ -131,6 +157,23 @@ async def test_a_release_is_published_though_old_ones_cannot_be_pruned(
         assert (published[-1], releases.versions) == (2, [1, 2])
     releases.add(Release(federation="parts", version=3, arrays=arrays), ["a"])
     assert (published[-1], releases.versions, [each.version for each in state.releases("parts")]) == (3, [3], [3])
+    state.close()
+
+
+async def test_what_is_pruned_takes_no_array_of_a_release_that_is_kept_along(tmp_path: Path) -> None:
+    state, store = State(tmp_path), ArrayStore(tmp_path / "releases")
+    publisher = Publisher(store, frozenset(), lambda _who, _federation: True)
+    releases = Releases("parts", FederationSettings(keep_releases=1), state, store, publisher)
+    first, second, third = (bank_to_wire(make_bank(seed), "float16") for seed in range(3))
+    [items, *others] = first
+    for version, arrays in enumerate((first, [items, *second[1:]], third), 1):
+        for array in arrays:
+            store.put(array.manifest.sha256, array.data)
+        release = Release(federation="parts", version=version, arrays=[array.manifest for array in arrays])
+        releases.add(release, ["a"])
+        assert (releases.versions, releases.readable(version)) == ([version], True)
+        assert (items.manifest.sha256 in store) == (version < 3)
+        assert all((array.manifest.sha256 in store) == (version == 1) for array in others)
     state.close()
 
 

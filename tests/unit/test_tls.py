@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import prometheus_client
 import pytest
 import typer
 from cryptography import x509
@@ -85,6 +86,23 @@ async def test_a_server_shows_its_renewed_certificate_to_the_next_caller(authori
         assert await shown_to(address, renewed) == serial(renewed)
         with pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
             await shown_to(address, client, seconds=1)
+
+
+async def test_a_server_shows_when_the_certificate_that_it_uses_expires(authority: Authority) -> None:
+    def expiry(folder: Path) -> float:
+        pem = (folder / CERTIFICATE).read_bytes()
+        return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+
+    def shown() -> float | None:
+        return prometheus_client.REGISTRY.get_sample_value("feddymem_certificate_expiry_timestamp_seconds")
+
+    server, client = authority.issue(Role.AGGREGATOR, "hub", days=0.25), authority.issue(Role.SITE, "berlin")
+    async with served(server) as address:
+        first = expiry(server)
+        assert shown() == first
+        authority.issue(Role.AGGREGATOR, "hub", days=0.5)
+        await shown_to(address, client)
+        assert shown() == expiry(server) != first
 
 
 async def test_while_the_authority_changes_both_are_believed(authority: Authority, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from services.runtime.identity import Role
 from services.runtime.rate import BURST_SECONDS, Rate
 from services.runtime.receiving import RECEIVED_AT_ONCE
 from services.runtime.rpc import RPCS, RPCS_OVER_LIMIT
+from services.runtime.server import Service
 from tests.certificates import Authority
 from tests.unit.boundary.serving import (
     FULL,
@@ -65,6 +67,29 @@ async def test_who_may_not_call_is_not_told_so_too_often(tmp_path: Path) -> None
         codes = [(await outcome(channel, f"{RELEASES}/DownloadArray", b""))[0] for _ in range(8)]
     assert codes[0] is grpc.StatusCode.PERMISSION_DENIED
     assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unlisted(Inspections):
+    """Does not say who may call Inspect."""
+
+    @property
+    def service(self) -> Service:
+        service = super().service
+        access = {name: roles for name, roles in service.access.items() if name != "Inspect"}
+        return dataclasses.replace(service, access=access)
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_method_that_nobody_is_said_to_call_is_for_nobody(tmp_path: Path, role: Role) -> None:
+    authority, method, inspections = Authority(tmp_path / "authority"), f"{INSPECTION}/Inspect", Unlisted()
+    hub, who = authority.issue(Role.INFERENCE, "berlin"), authority.issue(role, "somebody")
+    async with (
+        served(tmp_path, hub, inspections=inspections) as address,
+        async_channel_to(address, [], who) as channel,
+    ):
+        code, details, _id = await outcome(channel, method, b"")
+    assert (code, details.endswith(f"{method} is for nobody")) == (grpc.StatusCode.PERMISSION_DENIED, True)
+    assert inspections.begun.empty()
 
 
 async def test_who_has_many_streams_open_gets_no_more_until_one_ends(tmp_path: Path) -> None:
@@ -262,6 +287,8 @@ def test_a_rate_is_regained_by_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rate.take("a") for _ in range(2 * BURST_SECONDS + 1)] == [True] * 2 * BURST_SECONDS + [False]
     now = 1.0
     assert [rate.take("a") for _ in range(3)] == [True, True, False]
+    now = 10_000.0  # however long nobody came
+    assert [rate.take("a") for _ in range(2 * BURST_SECONDS + 1)] == [True] * 2 * BURST_SECONDS + [False]
     for number in range(20_000):
         assert rate.take(f"{number}")
     assert len(rate._buckets) == 10_000
