@@ -628,7 +628,7 @@ class FederationStatus(_message.Message):
     shadow_release: _builtins.int
     """Version of the release that scores in the shadow of the active one; 0 for none."""
     false_alarm_rate: _builtins.float
-    """Share of normal images that may be called anomalous."""
+    """Share of normal images that may be called anomalous: that of the active release; without a calibrated one, of the next."""
     @_builtins.property
     def method(self) -> Global___Method:
         """Method of the federation."""

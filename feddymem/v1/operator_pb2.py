@@ -26,15 +26,15 @@ from feddymem.v1 import calibration_pb2 as feddymem_dot_v1_dot_calibration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x64ymem/v1/operator.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x1d\x66\x65\x64\x64ymem/v1/calibration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\")\n\x13ListReleasesRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\"`\n\x14ListReleasesResponse\x12*\n\x08releases\x18\x01 \x03(\x0b\x32\x18.feddymem.v1.KeptRelease\x12\x0e\n\x06\x61\x63tive\x18\x02 \x01(\r\x12\x0c\n\x04held\x18\x03 \x01(\x08\"\xb0\x01\n\x0bKeptRelease\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\r\x12\r\n\x05sites\x18\x04 \x03(\t\x12\x0e\n\x06images\x18\x05 \x01(\x04\x12\r\n\x05items\x18\x06 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\t\x12\x17\n\x0fheld_out_images\x18\x08 \x01(\r\"=\n\x0cReleaseCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0f\n\x07\x66inding\x18\x03 \x01(\t\"8\n\x11GetReleaseRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"\xac\x01\n\x12GetReleaseResponse\x12)\n\x07release\x18\x01 \x01(\x0b\x32\x18.feddymem.v1.KeptRelease\x12)\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x19.feddymem.v1.ReleaseCheck\x12&\n\x05sites\x18\x03 \x03(\x0b\x32\x17.feddymem.v1.SiteAlarms\x12\x18\n\x10\x66\x61lse_alarm_rate\x18\x04 \x01(\x01\"\x89\x01\n\nSiteAlarms\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x31\n\x0b\x63\x61libration\x18\x02 \x01(\x0b\x32\x1c.feddymem.v1.SiteCalibration\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x0e\n\x06\x61larms\x18\x04 \x01(\r\x12\x17\n\x0fguaranteed_rate\x18\x05 \x01(\x01\";\n\x14ShadowReleaseRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\")\n\x15ShadowReleaseResponse\x12\x10\n\x08previous\x18\x01 \x01(\r\"a\n\x16\x41\x63tivateReleaseRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\x08\x65xpected\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_expected\"<\n\x17\x41\x63tivateReleaseResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08previous\x18\x02 \x01(\r\"_\n\x12SetStandingRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\'\n\x08standing\x18\x03 \x01(\x0e\x32\x15.feddymem.v1.Standing\"\x15\n\x13SetStandingResponse\"5\n\x11RemoveSiteRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\"\x14\n\x12RemoveSiteResponse*e\n\x08Standing\x12\x18\n\x14STANDING_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTANDING_JUDGED\x10\x01\x12\x15\n\x11STANDING_ADMITTED\x10\x02\x12\x13\n\x0fSTANDING_BANNED\x10\x03\x32\x8c\x04\n\x0fOperatorService\x12S\n\x0cListReleases\x12 .feddymem.v1.ListReleasesRequest\x1a!.feddymem.v1.ListReleasesResponse\x12\\\n\x0f\x41\x63tivateRelease\x12#.feddymem.v1.ActivateReleaseRequest\x1a$.feddymem.v1.ActivateReleaseResponse\x12M\n\nGetRelease\x12\x1e.feddymem.v1.GetReleaseRequest\x1a\x1f.feddymem.v1.GetReleaseResponse\x12V\n\rShadowRelease\x12!.feddymem.v1.ShadowReleaseRequest\x1a\".feddymem.v1.ShadowReleaseResponse\x12P\n\x0bSetStanding\x12\x1f.feddymem.v1.SetStandingRequest\x1a .feddymem.v1.SetStandingResponse\x12M\n\nRemoveSite\x12\x1e.feddymem.v1.RemoveSiteRequest\x1a\x1f.feddymem.v1.RemoveSiteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x64ymem/v1/operator.proto\x12\x0b\x66\x65\x64\x64ymem.v1\x1a\x1d\x66\x65\x64\x64ymem/v1/calibration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\")\n\x13ListReleasesRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\"`\n\x14ListReleasesResponse\x12*\n\x08releases\x18\x01 \x03(\x0b\x32\x18.feddymem.v1.KeptRelease\x12\x0e\n\x06\x61\x63tive\x18\x02 \x01(\r\x12\x0c\n\x04held\x18\x03 \x01(\x08\"\xb0\x01\n\x0bKeptRelease\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\r\x12\r\n\x05sites\x18\x04 \x03(\t\x12\x0e\n\x06images\x18\x05 \x01(\x04\x12\r\n\x05items\x18\x06 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\t\x12\x17\n\x0fheld_out_images\x18\x08 \x01(\r\"=\n\x0cReleaseCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0f\n\x07\x66inding\x18\x03 \x01(\t\"8\n\x11GetReleaseRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"\xac\x01\n\x12GetReleaseResponse\x12)\n\x07release\x18\x01 \x01(\x0b\x32\x18.feddymem.v1.KeptRelease\x12)\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x19.feddymem.v1.ReleaseCheck\x12&\n\x05sites\x18\x03 \x03(\x0b\x32\x17.feddymem.v1.SiteAlarms\x12\x18\n\x10\x66\x61lse_alarm_rate\x18\x04 \x01(\x01\"\x89\x01\n\nSiteAlarms\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x31\n\x0b\x63\x61libration\x18\x02 \x01(\x0b\x32\x1c.feddymem.v1.SiteCalibration\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x0e\n\x06\x61larms\x18\x04 \x01(\r\x12\x17\n\x0fguaranteed_rate\x18\x05 \x01(\x01\";\n\x14ShadowReleaseRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\")\n\x15ShadowReleaseResponse\x12\x10\n\x08previous\x18\x01 \x01(\r\"a\n\x16\x41\x63tivateReleaseRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x15\n\x08\x65xpected\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_expected\"L\n\x17\x41\x63tivateReleaseResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08previous\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\t\"_\n\x12SetStandingRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\'\n\x08standing\x18\x03 \x01(\x0e\x32\x15.feddymem.v1.Standing\"\x15\n\x13SetStandingResponse\"5\n\x11RemoveSiteRequest\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\"\x14\n\x12RemoveSiteResponse*e\n\x08Standing\x12\x18\n\x14STANDING_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTANDING_JUDGED\x10\x01\x12\x15\n\x11STANDING_ADMITTED\x10\x02\x12\x13\n\x0fSTANDING_BANNED\x10\x03\x32\x8c\x04\n\x0fOperatorService\x12S\n\x0cListReleases\x12 .feddymem.v1.ListReleasesRequest\x1a!.feddymem.v1.ListReleasesResponse\x12\\\n\x0f\x41\x63tivateRelease\x12#.feddymem.v1.ActivateReleaseRequest\x1a$.feddymem.v1.ActivateReleaseResponse\x12M\n\nGetRelease\x12\x1e.feddymem.v1.GetReleaseRequest\x1a\x1f.feddymem.v1.GetReleaseResponse\x12V\n\rShadowRelease\x12!.feddymem.v1.ShadowReleaseRequest\x1a\".feddymem.v1.ShadowReleaseResponse\x12P\n\x0bSetStanding\x12\x1f.feddymem.v1.SetStandingRequest\x1a .feddymem.v1.SetStandingResponse\x12M\n\nRemoveSite\x12\x1e.feddymem.v1.RemoveSiteRequest\x1a\x1f.feddymem.v1.RemoveSiteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'feddymem.v1.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STANDING']._serialized_start=1325
-  _globals['_STANDING']._serialized_end=1426
+  _globals['_STANDING']._serialized_start=1341
+  _globals['_STANDING']._serialized_end=1442
   _globals['_LISTRELEASESREQUEST']._serialized_start=107
   _globals['_LISTRELEASESREQUEST']._serialized_end=148
   _globals['_LISTRELEASESRESPONSE']._serialized_start=150
@@ -56,15 +56,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTIVATERELEASEREQUEST']._serialized_start=967
   _globals['_ACTIVATERELEASEREQUEST']._serialized_end=1064
   _globals['_ACTIVATERELEASERESPONSE']._serialized_start=1066
-  _globals['_ACTIVATERELEASERESPONSE']._serialized_end=1126
-  _globals['_SETSTANDINGREQUEST']._serialized_start=1128
-  _globals['_SETSTANDINGREQUEST']._serialized_end=1223
-  _globals['_SETSTANDINGRESPONSE']._serialized_start=1225
-  _globals['_SETSTANDINGRESPONSE']._serialized_end=1246
-  _globals['_REMOVESITEREQUEST']._serialized_start=1248
-  _globals['_REMOVESITEREQUEST']._serialized_end=1301
-  _globals['_REMOVESITERESPONSE']._serialized_start=1303
-  _globals['_REMOVESITERESPONSE']._serialized_end=1323
-  _globals['_OPERATORSERVICE']._serialized_start=1429
-  _globals['_OPERATORSERVICE']._serialized_end=1953
+  _globals['_ACTIVATERELEASERESPONSE']._serialized_end=1142
+  _globals['_SETSTANDINGREQUEST']._serialized_start=1144
+  _globals['_SETSTANDINGREQUEST']._serialized_end=1239
+  _globals['_SETSTANDINGRESPONSE']._serialized_start=1241
+  _globals['_SETSTANDINGRESPONSE']._serialized_end=1262
+  _globals['_REMOVESITEREQUEST']._serialized_start=1264
+  _globals['_REMOVESITEREQUEST']._serialized_end=1317
+  _globals['_REMOVESITERESPONSE']._serialized_start=1319
+  _globals['_REMOVESITERESPONSE']._serialized_end=1339
+  _globals['_OPERATORSERVICE']._serialized_start=1445
+  _globals['_OPERATORSERVICE']._serialized_end=1969
 # @@protoc_insertion_point(module_scope)

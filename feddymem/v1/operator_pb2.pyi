@@ -383,19 +383,23 @@ class ActivateReleaseResponse(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     PREVIOUS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version that is active now; 0 if there is no release yet."""
     previous: _builtins.int
     """Version that was active before; 0 if there was none."""
+    failed: _builtins.str
+    """Which checks the active one has failed, in words; empty if none."""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         previous: _builtins.int = ...,
+        failed: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "previous", b"previous", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

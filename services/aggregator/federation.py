@@ -223,7 +223,7 @@ class Federation:
             release_held=self.releases.held,
             failed_releases=self.releases.failed(named=only is None),
             shadow_release=self.releases.shadow,
-            false_alarm_rate=self.settings.false_alarm_rate,
+            false_alarm_rate=self.releases.false_alarm_rate,
         )
 
     @contextmanager

@@ -66,7 +66,8 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             federation = self._federation(request.federation)
             previous = federation.releases.active
             federation.activate(request.version, expected)
-        return ActivateReleaseResponse(version=federation.releases.active, previous=previous)
+        active = federation.releases.active
+        return ActivateReleaseResponse(version=active, previous=previous, failed=federation.releases.failures(active))
 
     async def GetRelease(self, request: GetReleaseRequest, _context: _Context) -> GetReleaseResponse:
         """See operator.proto."""

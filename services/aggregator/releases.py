@@ -70,9 +70,28 @@ class Releases:
         """Version of the release that scores in the shadow of the active one; 0 for none."""
         return self._state.shadow(self._name) or 0
 
+    @property
+    def false_alarm_rate(self) -> float:
+        """Share of normal images that may be called anomalous: that of the active release; without a calibrated one, of
+        the next."""
+        active = self.find(self.active)
+        if active is None or not active.HasField("calibration"):
+            return self._settings.false_alarm_rate
+        return active.calibration.false_alarm_rate
+
+    def failures(self, version: int, named: bool = True) -> str:
+        """Which checks a release has failed, and why, in words; empty if none.
+
+        Args:
+            version: of the release.
+            named: whether to say why, which names sites.
+        """
+        failed = [check for check in self._checks.get(version, ()) if not check.passed]
+        return "; ".join(f"{check.name}: {check.finding}" if named else check.name for check in failed)
+
     def failed(self, named: bool) -> list[FailedRelease]:
         """The kept releases that have failed a check, oldest first; why, with names of sites or without."""
-        failed = {version: self._failures(version, named) for version in self.versions}
+        failed = {version: self.failures(version, named) for version in self.versions}
         return [FailedRelease(version=version, reason=reason) for version, reason in failed.items() if reason]
 
     def kept(self) -> list[KeptRelease]:
@@ -199,7 +218,7 @@ class Releases:
 
     @property
     def _newest_passed(self) -> int:
-        return max((version for version in self._kept if not self._failures(version)), default=0)
+        return max((version for version in self._kept if not self.failures(version)), default=0)
 
     def _require(self, version: int) -> Release:
         if version not in self._kept:
@@ -210,11 +229,6 @@ class Releases:
     def _require_readable(self, version: int) -> None:
         if not self.readable(version):
             raise data_loss(f"release {version} of federation {self._name!r} is damaged on the disk; name another one")
-
-    def _failures(self, version: int, named: bool = True) -> str:
-        """Which checks a release has failed, in words; empty if none."""
-        failed = [check for check in self._checks.get(version, ()) if not check.passed]
-        return "; ".join(f"{check.name}: {check.finding}" if named else check.name for check in failed)
 
     def _alarms(self, release: Release) -> list[SiteAlarms]:
         """How a release scores each site's held-out images, by name."""
@@ -248,7 +262,7 @@ class Releases:
             sites=sorted(site for site, reason in reasons.items() if not reason),
             images=release.provenance.images,
             items=items_of(release.arrays).shape[0],
-            failed=self._failures(release.version),
+            failed=self.failures(release.version),
             held_out_images=sum(sum(site.calibration.scores.counts) for site in release.calibration.sites),
         )
 
@@ -257,7 +271,7 @@ class Releases:
         self._end_shadow()
         active, newest = self.find(self.active), self.find(self.newest)
         metrics.RELEASE.labels(self._name).set(self.active)
-        withheld = newest is not None and newest is not active and bool(self._failures(newest.version))
+        withheld = newest is not None and newest is not active and bool(self.failures(newest.version))
         metrics.RELEASE_WITHHELD.labels(self._name).set(withheld)
         if newest is not None:
             metrics.RELEASE_CREATED.labels(self._name).set(newest.created.ToMilliseconds() / 1000)

@@ -134,6 +134,8 @@ def _activate(federation: str, version: int, expected: int | None, server: str, 
     typer.echo(
         f"release {answer.version or 'none'} of {federation} is active{stays}; before: {answer.previous or 'none'}"
     )
+    if answer.failed:
+        typer.echo(f"feddymem: it has failed a check: {answer.failed}", err=True)
 
 
 def _table(federation: str, answer: ListReleasesResponse) -> Table:

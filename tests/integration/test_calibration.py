@@ -95,11 +95,14 @@ def test_a_release_that_fails_a_check_is_kept_and_an_operator_may_activate_it(
         assert [check["name"] for check in details["checks"] if not check["passed"]] == ["not_worse"]
         assert [site["site"] for site in details["sites"]] == ["a", "b"]
         assert activate(running, "newest")[1] == "release 1 of parts is active; before: 1\n"
-        assert activate(running, "2")[1] == "release 2 of parts is active and stays so; before: 1\n"
+        code, said = activate(running, "2")
+        assert (code, said.startswith("release 2 of parts is active and stays so; before: 1\n")) == (0, True)
+        assert f"feddymem: it has failed a check: {failed.reason}\n" in said
         assert metric(running, "feddymem_release_withheld") == 0
     fleet.kill("aggregator", signal.SIGKILL)
-    running = start_aggregator(**settings)
+    running = start_aggregator(**settings, false_alarm_rate=0.2)
     assert (status(running).release, len(status(running).failed_releases)) == (2, 1)
+    assert status(running).false_alarm_rate == 0.05  # release 2 is calibrated for it
     assert operate(running, "rollback", of="release")[1] == "release 1 of parts is active and stays so; before: 2\n"
 
 
