@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
+import json
 import os
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -22,6 +26,7 @@ from feddymem.names import NAME_PATTERN
 from feddymem.runtimes import Precision, RuntimeName
 
 ENVIRONMENT_PREFIX = "FEDDYMEM_"
+_HELP_COLUMNS = 100
 
 
 class InvalidSettingsError(ValueError):
@@ -180,9 +185,11 @@ def load_settings(cls: type[Settings], args: list[str]) -> Settings:
     Raises:
         InvalidSettingsError: names the key, the value and what is expected.
     """
-    flags: CliSettingsSource[Settings] = CliSettingsSource(
+    flags: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
         cls, cli_prog_name=f"feddymem {_command(cls)}", cli_parse_args=False
     )
+    flags.root_parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    flags.root_parser.epilog = "\n".join(_nested_settings(cls))
     try:
         flags = flags(args=args)
         values = flags()
@@ -202,6 +209,26 @@ def load_settings(cls: type[Settings], args: list[str]) -> Settings:
         raise InvalidSettingsError("; ".join(_explain(e) for e in error.errors())) from error
     except SettingsError as error:
         raise InvalidSettingsError(str(error)) from error
+
+
+def _nested_settings(cls: type[ServiceSettings]) -> Iterator[str]:
+    """Lines that say what each of several things of a name may be set to, as YAML; flags tell nothing of that."""
+    for key, field in cls.model_fields.items():
+        if get_origin(field.annotation) is dict:
+            _, model = get_args(field.annotation)
+            yield "in the file of --config, with all that may be set, and the defaults:"
+            yield from ("", f"{key}:", "  NAME:", *_as_yaml(model, "    "))
+
+
+def _as_yaml(model: type[BaseModel], indent: str) -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        about = textwrap.wrap(field.description or "", _HELP_COLUMNS - len(indent) - 2)
+        yield from (f"{indent}# {line}" for line in about)
+        if isinstance(field.default, BaseModel):
+            yield f"{indent}{key}:"
+            yield from _as_yaml(type(field.default), indent + "  ")
+        else:
+            yield f"{indent}{key}: {json.dumps(field.default)}"
 
 
 def _command(cls: type[ServiceSettings]) -> str:

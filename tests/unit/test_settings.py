@@ -11,10 +11,11 @@ import yaml
 
 from feddymem.calibration import SiteCalibration
 from feddymem.hold_out import MOST
+from feddymem.method import Method
 from feddymem.sketch import MAX_LEVEL, ScoreSketch
 from feddymem.v1.calibration_pb2 import CalibratedSite, Calibration
 from feddymem.v1.release_pb2 import Release
-from services.aggregator.settings import MAX_SITES, AggregatorSettings
+from services.aggregator.settings import MAX_SITES, AggregatorSettings, FederationSettings
 from services.edge_client.settings import EdgeClientSettings
 from services.inference.settings import InferenceSettings
 from services.runtime.channels import MAX_ANSWER_BYTES
@@ -270,6 +271,19 @@ def test_federations_are_nested(tmp_path: Path) -> None:
     assert (found["magtile"]["quorum"], found["magtile"]["sites"]) == (3, ("a", "b"))
     assert (found["magtile"]["method"]["rounds"], found["magtile"]["method"]["bank_items"]) == (5, 1568)
     assert (found["brain"]["round_deadline_seconds"], found["brain"]["quorum"]) == (60, 2)
+
+
+def test_help_tells_what_a_federation_may_be_set_to_as_a_file_that_sets_just_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(AggregatorSettings, ["--help"])
+    _, marker, example = capsys.readouterr().out.partition("\nfederations:\n")
+    told = yaml.safe_load(marker + example.replace("NAME", "parts"))
+    federation = load_settings(AggregatorSettings, file_with(tmp_path, told)).federations["parts"]
+    assert federation == FederationSettings()
+    assert told["federations"]["parts"].keys() == FederationSettings.model_fields.keys()
+    assert told["federations"]["parts"]["method"].keys() == Method.model_fields.keys()
 
 
 def test_a_release_of_as_many_sites_as_there_may_be_fits_into_a_message(tmp_path: Path) -> None:
