@@ -24,9 +24,9 @@ from feddymem.images import TooManyPixelsError
 from feddymem.scoring import Inspection
 from feddymem.threads import leave_cores, workers
 from services.inference import metrics
+from services.inference.active import Active
 from services.inference.fair_queue import FairQueue
 from services.inference.large_images import SMALL_PIXELS, LargeImages
-from services.inference.registry import Active
 from services.runtime import tracing
 from services.runtime.errors import Refusal
 

@@ -15,11 +15,12 @@ from feddymem.image_data import EncodedImage, RawImage
 from feddymem.maps import HeatScale, MapKind, Region, anomaly_map, heatmap_png, regions
 from feddymem.verdicts import Judgement, judge
 from services.inference import metrics
+from services.inference.active import Active
 from services.inference.batcher import Batcher, Read, Scored
 from services.inference.large_images import LargeImages
 from services.inference.lines import Shadow
 from services.inference.outcomes import counted_if_raised
-from services.inference.registry import Active, Registry
+from services.inference.registry import Registry
 from services.runtime import tracing
 from services.runtime.errors import Refusal, invalid
 
