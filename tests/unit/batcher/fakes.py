@@ -18,7 +18,8 @@ from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
 from feddymem.scoring import Inspection, Scorer
 from services.inference.active import Active
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Batcher
+from services.inference.job import Scored
 from services.inference.lines import Lines
 from services.runtime.errors import Refusal
 
