@@ -15,11 +15,13 @@ from feddymem.image_data import EncodedImage, RawImage
 from feddymem.maps import HeatScale, MapKind, Region, anomaly_map, heatmap_png, regions
 from feddymem.verdicts import Judgement, judge
 from services.inference import metrics
-from services.inference.batcher import Batcher, Read, Scored
+from services.inference.active import Active
+from services.inference.batcher import Batcher
+from services.inference.job import Scored
 from services.inference.large_images import LargeImages
 from services.inference.lines import Shadow
 from services.inference.outcomes import counted_if_raised
-from services.inference.registry import Active, Registry
+from services.inference.registry import Registry
 from services.runtime import tracing
 from services.runtime.errors import Refusal, invalid
 
@@ -127,7 +129,7 @@ class Inspector:
             return await self._score(inspection, active)
 
     async def _score(self, inspection: Inspection, active: Active) -> Result:
-        shadow = active.lines.shadow
+        shadow, large_images = active.lines.shadow, self._batcher.large_images
         started = time.monotonic()
         while True:
             waited = time.monotonic() - started
@@ -136,10 +138,10 @@ class Inspector:
                 result = await self._batcher.inspect(
                     active,
                     inspection.image,
-                    functools.partial(_result, inspection, active, self._batcher.large_images),
+                    functools.partial(_result, inspection, active, large_images),
                     inspection.caller,
                     left,
-                    None if shadow is None else functools.partial(_see, inspection, active, shadow, self._batcher.read),
+                    None if shadow is None else functools.partial(_see, inspection, active, shadow, large_images),
                 )
                 return dataclasses.replace(result, queue_seconds=result.queue_seconds + waited)
             except Refusal as refusal:
@@ -206,7 +208,9 @@ def _result(inspection: Inspection, active: Active, large_images: LargeImages, s
     )
 
 
-def _see(inspection: Inspection, active: Active, shadow: Shadow, read: Read, scored: Scored | None) -> None:
+def _see(
+    inspection: Inspection, active: Active, shadow: Shadow, large_images: LargeImages, scored: Scored | None
+) -> None:
     """Has the shadow judge an image that has its result; both by their calibrations, whatever the request said."""
     line, site = active.line(inspection.site), inspection.site or active.site
     limits, scorer = None if shadow.limits is None else shadow.limits.of(site), shadow.scorer(active.site)
@@ -218,7 +222,7 @@ def _see(inspection: Inspection, active: Active, shadow: Shadow, read: Read, sco
     try:
         features = scored.features
         if features is None or scorer.extractor is not active.scorer.extractor:
-            prepared = read(scorer.extractor, inspection.image)
+            prepared = large_images.read(scorer.extractor, inspection.image)
             features = scorer.extractor(prepared.pixels[None])
         [seen] = scorer.inspect_features(features)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach a line

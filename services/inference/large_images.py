@@ -6,6 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from feddymem.backbone import FeatureExtractor, PreparedImage
+from feddymem.image_data import EncodedImage, RawImage
+from feddymem.images import TooManyPixelsError
+
 SMALL_PIXELS = 4 * 2**20
 """Images up to this size wait for nobody. With 16 bits, decoding takes 18 bytes a pixel: 72 MiB of such a one."""
 
@@ -38,3 +42,16 @@ class LargeImages:
             with self._changed:
                 self._left += taken
                 self._changed.notify_all()
+
+    def read(self, extractor: FeatureExtractor, image: EncodedImage | RawImage) -> PreparedImage:
+        """Decodes an image; a large one as soon as there is room for it.
+
+        Raises:
+            ImageError: see `FeatureExtractor.read`.
+        """
+        try:
+            return extractor.read(image, min(SMALL_PIXELS, self._most))
+        except TooManyPixelsError as error:  # nothing is decoded by then
+            pixels = error.pixels
+        with self.room(pixels):
+            return extractor.read(image, self._most)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from feddymem.v1.inspection_pb2 import ScoringStatus
+from services.inference.active import Active
 from services.inference.lines import Line
-from services.inference.registry import Active
 
 
 def scoring(active: Iterable[Active], federation: str) -> list[ScoringStatus]:

@@ -96,7 +96,7 @@ _INFERENCE = {
     f"{_REGISTRY}.receive": (1, 2, 3, 4),
     f"{_REGISTRY}._take": (1, 2),
     f"{_REGISTRY}._activate": (1, 2),
-    f"{_REGISTRY}._build": (1, 2, 3),
+    "services.inference.scorers:Scorers._build": (1, 2, 3),
     f"{_REGISTRY}._forget": (1, 2, 3, 4, 5),  # the first one by `load`
     f"{_RELEASE_STORE}.open": (1, 2, 3, 4),
     f"{_RELEASE_STORE}.write": (1, 2, 3, 4),

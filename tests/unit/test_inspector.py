@@ -23,11 +23,13 @@ from feddymem.maps import MapKind, Region, anomaly_map
 from feddymem.sketch import ScoreSketch
 from feddymem.verdicts import ReleaseLimits
 from services.inference import inspector as inspector_module
-from services.inference.batcher import Afterwards, Batcher, Scored
+from services.inference.active import Active
+from services.inference.batcher import Batcher
 from services.inference.inspector import Inspection, Inspector, Result
+from services.inference.job import Afterwards, Scored
 from services.inference.large_images import LargeImages
 from services.inference.lines import Lines
-from services.inference.registry import Active, Registry
+from services.inference.registry import Registry
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
 from tests.feature_spaces import SPACE

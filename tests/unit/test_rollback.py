@@ -34,16 +34,16 @@ class Line:
 
     def learn(self, extractor: FeatureExtractor) -> None:
         """It has this backbone, too."""
-        self.registry._extractors[extractor.feature_space.fingerprint] = extractor
+        self.registry._scorers._extractors[extractor.feature_space.fingerprint] = extractor
 
     def _started(self) -> Registry:
         settings = InferenceSettings(aggregator="127.0.0.1:1", state_dir=self._folder, device="cpu", max_batch=1)
         return Registry(settings)
 
     async def restart(self) -> None:
-        extractors = self.registry._extractors
+        extractors = self.registry._scorers._extractors
         self.registry = self._started()
-        self.registry._extractors = extractors
+        self.registry._scorers._extractors = extractors
         await self.registry.load()
 
     async def memory(self, version: int, needs_generator: bool = True, shadow: bool = False) -> None:

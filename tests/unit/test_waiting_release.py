@@ -10,6 +10,7 @@ import pytest
 from feddymem.backbone import FeatureExtractor, load_extractor
 from services.inference.lines import Shadow
 from services.inference.registry import Registry
+from services.inference.scorers import Scorers
 from services.runtime.errors import Refusal
 from tests.unit.test_rollback import Line
 
@@ -107,7 +108,7 @@ async def test_what_is_said_again_is_not_built_again_and_not_written_again(
     await say()
     active, shadow, files = line.registry.find("parts", "a"), shadow_of(line), written(tmp_path)
     with monkeypatch.context() as patched:
-        patched.delattr(Registry, "_build")
+        patched.delattr(Scorers, "build")
         await say()
     assert line.registry.find("parts", "a") is active
     assert shadow_of(line) is shadow

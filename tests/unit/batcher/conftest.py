@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.inference import batcher as batcher_module
+from services.inference import job as job_module
 from tests.unit.batcher.fakes import THREADS, Clock, Extractor
 
 
@@ -21,5 +22,6 @@ def _as_on_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(batcher_module, "time", clock)
+    for module in (batcher_module, job_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock

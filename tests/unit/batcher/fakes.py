@@ -17,9 +17,10 @@ from feddymem.backbone import PreparedImage
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
 from feddymem.scoring import Inspection, Scorer
-from services.inference.batcher import Batcher, Scored
+from services.inference.active import Active
+from services.inference.batcher import Batcher
+from services.inference.job import Scored
 from services.inference.lines import Lines
-from services.inference.registry import Active
 from services.runtime.errors import Refusal
 
 SECONDS = 30

@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from services.inference.batcher import Scored
+from services.inference.job import Scored
 from tests.unit.batcher.fakes import SECONDS, Extractor, active, as_it_is, begun, busy_threads, image, scores, started
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from feddymem.image_data import EncodedImage
 from feddymem.images import ImageError
 from feddymem.scoring import Inspection
-from services.inference.batcher import Scored
+from services.inference.job import Scored
 from tests.unit.batcher.fakes import (
     HELD,
     SECONDS,

@@ -57,10 +57,10 @@ async def test_images_that_are_too_large_together_are_decoded_one_after_the_othe
 
 
 async def test_an_image_that_is_larger_than_any_may_be_is_told_the_limit() -> None:
-    batcher = Batcher(1, 1, 0, 64, MOST)
+    large_images = LargeImages(MOST)
     with pytest.raises(ImageError, match=f"at most {MOST} are allowed"):
-        batcher.read(OfSizes(), image(99))  # type: ignore[arg-type]
-    assert batcher.read(OfSizes(), image(40)).height == 40  # type: ignore[arg-type]
+        large_images.read(OfSizes(), image(99))  # type: ignore[arg-type]
+    assert large_images.read(OfSizes(), image(40)).height == 40  # type: ignore[arg-type]
 
 
 def test_room_is_waited_for_by_large_images_only() -> None:

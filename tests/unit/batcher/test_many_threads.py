@@ -15,7 +15,8 @@ from torch import Tensor
 from feddymem.backbone import PreparedImage
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Batcher
+from services.inference.job import Scored
 from tests.unit.batcher.fakes import LONG, SECONDS, THREADS, Extractor, Task, active, begun, image, scores, started
 
 
