@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ import prometheus_client
 import pytest
 
 from feddymem.calibration import Calibration, SiteCalibration, site_key
-from feddymem.image_data import RawImage
+from feddymem.image_data import EncodedImage, RawImage
 from feddymem.scoring import Scorer
 from feddymem.sketch import ScoreSketch
 from feddymem.v1.calibration_pb2 import Calibration as CalibrationMessage
 from feddymem.v1.inspection_pb2 import ScoringStatus
 from feddymem.verdicts import ReleaseLimits
 from services.inference import metrics
-from services.inference.batcher import Batcher
+from services.inference.batcher import Afterwards, Batcher, Result, Scored
 from services.inference.inspector import Inspection, Inspector
 from services.inference.lines import Line, Lines
-from services.inference.registry import Registry
+from services.inference.registry import Active, Registry
 from services.inference.scoring_status import scoring
 from services.runtime.messages import calibration_to_message
 from tests.unit.test_registry import small_registry, small_release
@@ -212,9 +212,17 @@ async def test_an_error_of_the_shadow_reaches_no_caller_and_is_told_once(
 class Busy(Batcher):
     """Has no time for what is to be done afterwards."""
 
-    async def inspect(self, *arguments: Any) -> Any:
-        *others, afterwards = arguments
-        return await super().inspect(*others, lambda _scored: afterwards(None))
+    async def inspect(
+        self,
+        active: Active,
+        image: EncodedImage | RawImage,
+        finish: Callable[[Scored], Result],
+        caller: str = "",
+        seconds_left: float | None = None,
+        afterwards: Afterwards | None = None,
+    ) -> Result:
+        assert afterwards is not None
+        return await super().inspect(active, image, finish, caller, seconds_left, lambda _scored: afterwards(None))
 
 
 async def test_an_image_that_the_shadow_has_no_time_for_is_dropped_and_no_verdict(tmp_path: Path) -> None:

@@ -294,8 +294,7 @@ def test_what_the_memory_does_not_ask_for_is_not_moved(monkeypatch: pytest.Monke
     """Sites stay in one space: without a metric loss, what a generator does to patches becomes less and less."""
     generator = second().generator
     assert generator is not None
-    with torch.no_grad():
-        generator.outer.bias += 0.05
+    generator.outer.bias.add_(0.05)
     before = (generator(torch.from_numpy(features())) - torch.from_numpy(features())).square().mean()
     monkeypatch.setattr("feddymem.local_update.metric_loss", lambda mapped, _items, _radius: 0 * mapped.sum())
     for round_number in range(3, 9):
@@ -303,6 +302,25 @@ def test_what_the_memory_does_not_ask_for_is_not_moved(monkeypatch: pytest.Monke
         assert generator is not None
     after = (generator(torch.from_numpy(features())) - torch.from_numpy(features())).square().mean()
     assert float(after) < 0.5 * float(before)
+
+
+def test_a_step_goes_by_its_own_images_and_not_by_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW) -> None:
+        gradients = [each.grad for group in optimizer.param_groups for each in group["params"]]
+        sizes.append(max(float(gradient.abs().max()) for gradient in gradients if gradient is not None))
+        step(optimizer)
+
+    def lost(mapped: torch.Tensor, _items: torch.Tensor, _radius: float) -> torch.Tensor:
+        return (0 if sizes else 1000) * mapped.mean()
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr("feddymem.local_update.metric_loss", lost)
+    second()
+    assert len(sizes) == 3
+    assert max(sizes[1:]) < 0.01 * sizes[0]
 
 
 def test_a_new_generator_is_random_by_its_seed_alone() -> None:

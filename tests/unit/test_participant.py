@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -90,16 +89,17 @@ class Silence:
         self._listening.set()
         return self._timeout
 
-    async def heard(self, events: AsyncIterator[Event]) -> Event:
-        """What is heard when nothing is said for long enough, by somebody who listens."""
+    async def heard(self, events: AsyncIterator[Event], said_again: int = 0) -> Event:
+        """What is heard when nothing is said for long enough, once so much has been said that is no news."""
         self._listening.clear()
         heard = asyncio.ensure_future(anext(events))
-        while not heard.done():
-            await asyncio.wait_for(self._listening.wait(), PATIENCE_SECONDS)
+        for left in range(said_again, -1, -1):
+            listening = asyncio.ensure_future(self._listening.wait())
+            await asyncio.wait({heard, listening}, timeout=PATIENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            listening.cancel()
             self._listening.clear()
-            with contextlib.suppress(RuntimeError):  # something was said, and it listens again
+            if not left and not heard.done():
                 self._timeout.reschedule(asyncio.get_running_loop().time())
-                break
         return await asyncio.wait_for(heard, PATIENCE_SECONDS)
 
 
@@ -145,7 +145,7 @@ async def test_while_nothing_is_said_there_is_time_to_look_and_nothing_said_is_l
         assert silence.seconds == participant._settings.scan_seconds
         rounds.say(opened(1))
         assert await following(events) == opened(1)
-        assert [await silence.heard(events), await silence.heard(events)] == [None, None]
+        assert [await silence.heard(events), await silence.heard(events, said_again=1)] == [None, None]
         for state in (opened(1, "2 more banks"), opened(1, "1 more banks"), opened(2)):
             rounds.say(state)
             assert await following(events) == state
