@@ -29,7 +29,7 @@ from tests.unit.batcher.fakes import (
     started,
 )
 
-READING, COMPUTING, FINISHING, ELSEWHERE = 2.0, 10.0, 5.0, 100.0
+READING, COMPUTING, FINISHING, ELSEWHERE, LONG_AGO = 2.0, 10.0, 5.0, 100.0, 10_000.0
 
 
 def value(name: str) -> float:
@@ -100,6 +100,19 @@ async def test_the_queue_is_what_an_image_waits_for_its_decoding_and_then_for_it
         extractor.computing.open()
         await scores([*first, *second])
     assert times.of("queue") == (2, ELSEWHERE + COMPUTING)
+
+
+async def test_what_waits_to_be_decoded_is_in_the_queue_and_what_is_held_there_is_decoded(clock: Clock) -> None:
+    extractor, times = Slow(clock), Times()
+    async with busy_threads(extractor) as (batcher, held):
+        queued = await begun([inspection(batcher, extractor)])
+        extractor.passes(LONG_AGO)
+        extractor.reading.open()
+        assert await scores([*held, *queued]) == [*HELD, 1]
+    for part, images in (("queue", 1), ("decode", len(HELD))):
+        count, seconds = times.of(part)
+        assert count == len(HELD) + 1
+        assert images <= seconds / LONG_AGO < images + 0.5  # the rest is what the others take meanwhile
 
 
 async def test_a_batch_is_timed_once_whatever_its_images(clock: Clock) -> None:
