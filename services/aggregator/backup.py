@@ -74,6 +74,7 @@ def _copy(source: Path, target: Path) -> Path | None:
             return path
         ArrayStore(target / folder).put(sha256, data)
     _sync(target / DATABASE)
+    sync_folder(target)  # its name; arrays take care of theirs
     return None
 
 

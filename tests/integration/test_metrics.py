@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from feddymem.client import InspectionClient
 from services.demo.processes import RunningService
+from services.inference.settings import InferenceSettings
 from tests.integration.conftest import TIMEOUT_SECONDS, System
 from tests.monitoring.prometheus_rule import ROOT, RULES
 from tests.monitoring.promtool import promtool
@@ -108,6 +109,8 @@ def test_a_federation_that_is_done_says_so(system: System) -> None:
     assert (
         shown["feddymem_release_timestamp_seconds", of] == inference["feddymem_serving_release_timestamp_seconds", of]
     )
+    assert inference["feddymem_inspection_queue_images", ()] == inference["feddymem_inspections_waiting", ()] == 0
+    assert inference["feddymem_inspection_queue_limit_images", ()] == InferenceSettings(aggregator="127.0.0.1:1").room
     assert inference["feddymem_publishers_connected", (("role", "aggregator"),)] == 1
     assert inference["feddymem_publishers_connected", (("role", "site"),)] == 2
     assert shown["feddymem_published_bytes_total", of] > 0

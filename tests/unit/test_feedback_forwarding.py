@@ -8,12 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import grpc
+import numpy as np
+import prometheus_client
 import pytest
 from grpc import aio
 
 from feddymem.v1 import feedback_pb2_grpc
 from feddymem.v1.feedback_pb2 import (
+    OPINION_BAD_PART,
     OPINION_FALSE_ALARM,
     OPINION_UNSPECIFIED,
     GetFeedbackOwnerRequest,
@@ -22,12 +26,14 @@ from feddymem.v1.feedback_pb2 import (
     KeepFeedbackResponse,
 )
 from feddymem.v1.inspection_pb2 import ReportFeedbackRequest
+from services.edge_client.feedback import FeedbackStore
 from services.edge_client.feedback_servicer import FeedbackServicer
 from services.edge_client.settings import EdgeClientSettings
 from services.inference import feedback as module
 from services.inference.feedback import FORWARDED_AT_ONCE, FeedbackForwarder
 from services.inference.settings import InferenceSettings
 from services.runtime.errors import Refusal
+from services.runtime.feedback import OPINIONS
 
 REPORT = ReportFeedbackRequest(federation="parts", site="a", encoded=b"x", opinion=OPINION_FALSE_ALARM, note="n")
 PATIENCE_SECONDS = 10
@@ -184,6 +190,29 @@ async def test_what_is_no_feedback_is_refused_at_once(tmp_path: Path, changes: d
         assert edge.kept == []
         for note in ("x" * 1000, "two\nlines\tof it", "Schräglicht – 影"):
             assert await forward.report(ReportFeedbackRequest(**{**said, "encoded": b"x", "opinion": 1, "note": note}))
+
+
+async def test_feedback_is_counted_by_opinion_where_it_is_kept(tmp_path: Path) -> None:
+    def counted() -> dict[str, tuple[float, float]]:
+        of = prometheus_client.REGISTRY.get_sample_value
+        names = "feddymem_feedback_reports_total", "feddymem_edge_feedback_total"
+        found = {each: [of(name, {"opinion": each}) or 0.0 for name in names] for each in OPINIONS.values()}
+        return {opinion: (passed_on, kept) for opinion, (passed_on, kept) in found.items()}
+
+    settings = EdgeClientSettings(aggregator="127.0.0.1:1", federation="parts", site="a", data=tmp_path)
+    servicer = FeedbackServicer(settings)
+    servicer.begin(FeedbackStore(tmp_path / "feedback", 2**20))
+    before, wanted = counted(), dict.fromkeys(OPINIONS.values(), 0)
+    encoded = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
+    async with forwarder(tmp_path, servicer) as forward:  # type: ignore[arg-type]
+        for opinion in (OPINION_FALSE_ALARM, OPINION_BAD_PART, OPINION_BAD_PART):
+            wanted[OPINIONS[opinion]] += 1
+            await forward.report(ReportFeedbackRequest(encoded=encoded, opinion=opinion))
+            await refused(forward, ReportFeedbackRequest(encoded=b"no image", opinion=opinion))
+            await refused(forward, ReportFeedbackRequest(encoded=encoded, opinion=OPINION_UNSPECIFIED))
+            assert counted() == {
+                name: (passed_on + wanted[name], kept + wanted[name]) for name, (passed_on, kept) in before.items()
+            }
 
 
 async def test_an_edge_client_that_starts_keeps_nothing_yet(tmp_path: Path) -> None:

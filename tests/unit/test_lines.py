@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ import prometheus_client
 import pytest
 
 from feddymem.calibration import Calibration, SiteCalibration, site_key
-from feddymem.image_data import RawImage
+from feddymem.image_data import EncodedImage, RawImage
 from feddymem.scoring import Scorer
 from feddymem.sketch import ScoreSketch
 from feddymem.v1.calibration_pb2 import Calibration as CalibrationMessage
 from feddymem.v1.inspection_pb2 import ScoringStatus
 from feddymem.verdicts import ReleaseLimits
 from services.inference import metrics
-from services.inference.batcher import Batcher
+from services.inference.batcher import Afterwards, Batcher, Result, Scored
 from services.inference.inspector import Inspection, Inspector
 from services.inference.lines import Line, Lines
-from services.inference.registry import Registry
+from services.inference.registry import Active, Registry
 from services.inference.scoring_status import scoring
 from services.runtime.messages import calibration_to_message
 from tests.unit.test_registry import small_registry, small_release
@@ -172,8 +172,15 @@ async def test_a_shadow_is_counted_and_answers_nothing(
     async with inspecting(tmp_path) as (registry, inspector):
         await registry.receive(small_release(registry, 3, calibration=message(active)))
         await registry.receive(small_release(registry, 4, seed=1, calibration=message(shadow), shadow=True))
+        agreements = ("same", "shadow_only", "active_only")
+        names = [("shadow_verdicts", {"federation": "parts", "agreement": each}) for each in agreements]
+        names += [("shadow_images", {"outcome": each}) for each in ("judged", "dropped", "failed")]
+        before = [value(f"feddymem_{name}_total", **labels) or 0 for name, labels in names]
         assert await inspect(inspector) is (active is LOW)
         assert await inspect(inspector, threshold=1e9) is False  # the request's: none of the shadow's business
+        after = [value(f"feddymem_{name}_total", **labels) or 0 for name, labels in names]
+        more = [now - old for now, old in zip(after, before, strict=True)]
+        assert more == [2 - 2 * only - 2 * missing, 2 * only, 2 * missing, 2, 0, 0]
         [state] = scoring(registry.active(), "")
         assert (state.release, state.shadow, state.shadow_images) == (3, 4, 2)
         assert (state.shadow_only_alarms, state.shadow_missing_alarms) == (2 * only, 2 * missing)
@@ -200,6 +207,41 @@ async def test_an_error_of_the_shadow_reaches_no_caller_and_is_told_once(
         [state] = scoring(registry.active(), "")
         assert state.shadow_images == 0
     assert capsys.readouterr().out.count("shadow_failed") == 1
+
+
+class Busy(Batcher):
+    """Has no time for what is to be done afterwards."""
+
+    async def inspect(
+        self,
+        active: Active,
+        image: EncodedImage | RawImage,
+        finish: Callable[[Scored], Result],
+        caller: str = "",
+        seconds_left: float | None = None,
+        afterwards: Afterwards | None = None,
+    ) -> Result:
+        assert afterwards is not None
+        return await super().inspect(active, image, finish, caller, seconds_left, lambda _scored: afterwards(None))
+
+
+async def test_an_image_that_the_shadow_has_no_time_for_is_dropped_and_no_verdict(tmp_path: Path) -> None:
+    def dropped() -> float:
+        return value("feddymem_shadow_images_total", outcome="dropped") or 0.0
+
+    registry, batcher = small_registry(tmp_path), Busy(1, 1, 0, 8, 10**6)
+    await registry.receive(small_release(registry, 3, calibration=message(HIGH)))
+    await registry.receive(small_release(registry, 4, seed=1, calibration=message(LOW), shadow=True))
+    before, seen = dropped(), judged()
+    batcher.start()
+    try:
+        result = await asyncio.wait_for(Inspector(registry, batcher).inspect(Inspection(IMAGE, site="north")), SECONDS)
+    finally:
+        await asyncio.to_thread(batcher.stop)
+    assert result.anomalous is False
+    assert (dropped(), judged()) == (before + 1, seen)
+    [state] = scoring(registry.active(), "")
+    assert state.shadow_images == 0
 
 
 async def test_a_shadow_of_another_feature_space_looks_at_the_image_itself(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from feddymem.local_update import LocalUpdate, local_update, new_generator
 from feddymem.memory import MemoryBank
 from feddymem.memory_reduce import reduce
 from feddymem.method import Method
+from feddymem.metric_loss import metric_loss
 from feddymem.patches import PatchArray
 
 GRID, CHANNELS = 4, 8
@@ -224,3 +225,116 @@ def test_a_new_generator_is_scaled_to_the_features() -> None:
     assert float(new_generator(PatchArray(features() * 100), seed=0).scale) == pytest.approx(
         100 * float(np.sqrt((features() ** 2).mean())), rel=1e-4
     )
+
+
+class Steps:
+    """What the steps of the training were made of."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.images: list[torch.Tensor] = []
+        self.losses: list[float] = []
+        self.radii: list[float] = []
+        self.items: list[torch.Tensor] = []
+        forward, loss = MemoryGenerator.forward, metric_loss
+
+        def mapped(generator: MemoryGenerator, images: torch.Tensor) -> torch.Tensor:
+            if generator.training:
+                self.images.append(images.clone())
+            return forward(generator, images)
+
+        def lost(patches: torch.Tensor, items: torch.Tensor, radius: float) -> torch.Tensor:
+            assert len(patches) == len(self.images[-1]) * GRID * GRID, "few enough to take them all"
+            self.items.append(items)
+            self.radii.append(radius)
+            found = loss(patches, items, radius)
+            self.losses.append(found.item())
+            return found
+
+        patch.setattr(MemoryGenerator, "forward", mapped)
+        patch.setattr("feddymem.local_update.metric_loss", lost)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Of a source of 12 images in blocks of 5, 5 and 2, each in steps of 4 at most."""
+    monkeypatch.setattr(patches, "BLOCK_BYTES", 5 * GRID * GRID * CHANNELS * 4)
+    return Steps(monkeypatch)
+
+
+def test_a_round_trains_on_every_image_once_and_in_an_order_by_chance(steps: Steps) -> None:
+    second()
+    assert [len(images) for images in steps.images] == [4, 1, 4, 1, 2]
+    trained, all_images = torch.cat(steps.images), torch.from_numpy(features())
+    order = [int((all_images == image).flatten(1).all(1).nonzero()) for image in trained]
+    assert [sorted(order[start : start + 5]) for start in (0, 5, 10)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    assert order[:10] != sorted(order[:10])
+    steps.images.clear()
+    second(round_number=3)
+    assert not torch.equal(torch.cat(steps.images), trained)
+
+
+def test_the_loss_of_a_round_is_the_mean_of_its_steps(steps: Steps) -> None:
+    update = second()
+    assert len(steps.losses) == len(set(steps.losses)) == 5
+    assert update.loss == pytest.approx(sum(steps.losses) / 5)
+
+
+def test_the_radius_is_that_of_the_patches_before_the_training_and_the_items_are_those_of_the_memory(
+    steps: Steps,
+) -> None:
+    known = memory()
+    second(memory=known)
+    items = torch.from_numpy(known.items)
+    distances, _ = nearest_items(torch.from_numpy(features()[:5]).flatten(0, 1), items)
+    assert steps.radii == [pytest.approx(float(distances.quantile(0.5)), rel=1e-4)] * 5
+    assert all(torch.equal(each, items) for each in steps.items)
+
+
+def test_what_the_memory_does_not_ask_for_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites stay in one space: without a metric loss, what a generator does to patches becomes less and less."""
+    generator = second().generator
+    assert generator is not None
+    generator.outer.bias.add_(0.05)
+    before = (generator(torch.from_numpy(features())) - torch.from_numpy(features())).square().mean()
+    monkeypatch.setattr("feddymem.local_update.metric_loss", lambda mapped, _items, _radius: 0 * mapped.sum())
+    for round_number in range(3, 9):
+        generator = second(generator=generator, round_number=round_number).generator
+        assert generator is not None
+    after = (generator(torch.from_numpy(features())) - torch.from_numpy(features())).square().mean()
+    assert float(after) < 0.5 * float(before)
+
+
+def test_a_step_goes_by_its_own_images_and_not_by_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW) -> None:
+        gradients = [each.grad for group in optimizer.param_groups for each in group["params"]]
+        sizes.append(max(float(gradient.abs().max()) for gradient in gradients if gradient is not None))
+        step(optimizer)
+
+    def lost(mapped: torch.Tensor, _items: torch.Tensor, _radius: float) -> torch.Tensor:
+        return (0 if sizes else 1000) * mapped.mean()
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr("feddymem.local_update.metric_loss", lost)
+    second()
+    assert len(sizes) == 3
+    assert max(sizes[1:]) < 0.01 * sizes[0]
+
+
+def test_a_new_generator_is_random_by_its_seed_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first_of, second_of, other = (new_generator(source(), seed).inner for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(first_of, name), getattr(second_of, name))
+        assert not torch.equal(getattr(first_of, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("changes", [{"round_number": 3}, {"method": METHOD.model_copy(update={"seed": 1})}])
+def test_a_site_s_first_generator_is_random_by_seed_and_round(changes: dict[str, Any]) -> None:
+    method = {"method": METHOD.model_copy(update={"metric_loss": False})}
+    reference, other = (second(**{**method, **each}) for each in ({}, changes))
+    assert any(not torch.equal(a, b) for a, b in zip(state(reference), state(other), strict=True))

@@ -159,6 +159,29 @@ def test_sites_with_few_items_are_not_what_others_are_judged_by() -> None:
     assert outlying(few | {"noise": noise(product(7))}) == ()
 
 
+@pytest.mark.parametrize("honest_first", [True, False])
+def test_of_many_items_it_does_not_matter_where_a_site_puts_those_that_are_duplicates(honest_first: bool) -> None:
+    """Distances are those of 2048 items, drawn from all of them."""
+    good, bad = product(7, 2048).items, duplicates(product(7, 8000)).items
+    items = np.concatenate([good, bad] if honest_first else [bad, good])
+    (found,) = outlying(honest() | {"many": bank(items)})
+    assert NEAR in found.reason
+
+
+def test_which_items_are_drawn_nobody_can_choose_who_does_not_choose_all_of_them() -> None:
+    """They change with any bit of the bank, and are the same for the same bank."""
+    many = duplicates(product(7, 3000))
+
+    def told(bit: int) -> str:
+        items = many.items.copy()
+        items.view(np.uint32)[0, 0] ^= 1 << bit if bit else 0  # of so little that no distance changes
+        (found,) = outlying(honest() | {"many": bank(items)})
+        return found.reason
+
+    assert told(0) == told(0)
+    assert len({told(bit) for bit in range(4)}) > 1
+
+
 @pytest.mark.parametrize("count", [1, 300, 3000])
 def test_banks_that_are_all_equal_items_break_nothing(count: int) -> None:
     assert outlying({f"site{number}": bank(np.ones((count, 3))) for number in range(3)}) == ()

@@ -33,10 +33,14 @@ from services.edge_client.participant import Participant, _Aggregator
 from services.edge_client.round_work import RoundWork
 from services.edge_client.settings import EdgeClientSettings
 from services.edge_client.state import EdgeState
+from services.runtime import watching
 from services.runtime.changes import Changes
 
-SCAN_SECONDS = 0.02
-PATIENCE_SECONDS = 10
+PATIENCE_SECONDS = 30
+
+
+Event = WatchRoundsResponse | None
+"""What is heard of the rounds; None for silence."""
 
 
 class Rounds:
@@ -72,6 +76,33 @@ class Rounds:
             self.left.set()
 
 
+class Silence:
+    """What a watch says nothing for passes when a test says so, and not before."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._listening, self._timeout = asyncio.Event(), asyncio.timeout(None)
+        self.seconds = 0.0
+        patch.setattr(watching, "asyncio", SimpleNamespace(timeout=self._begins))
+
+    def _begins(self, seconds: float) -> asyncio.Timeout:
+        self.seconds, self._timeout = seconds, asyncio.timeout(None)
+        self._listening.set()
+        return self._timeout
+
+    async def heard(self, events: AsyncIterator[Event], said_again: int = 0) -> Event:
+        """What is heard when nothing is said for long enough, once so much has been said that is no news."""
+        self._listening.clear()
+        heard = asyncio.ensure_future(anext(events))
+        for left in range(said_again, -1, -1):
+            listening = asyncio.ensure_future(self._listening.wait())
+            await asyncio.wait({heard, listening}, timeout=PATIENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            listening.cancel()
+            self._listening.clear()
+            if not left and not heard.done():
+                self._timeout.reschedule(asyncio.get_running_loop().time())
+        return await asyncio.wait_for(heard, PATIENCE_SECONDS)
+
+
 @asynccontextmanager
 async def connected(rounds: Rounds) -> AsyncIterator[_Aggregator]:
     server = aio.server()
@@ -94,7 +125,7 @@ async def connected(rounds: Rounds) -> AsyncIterator[_Aggregator]:
 @pytest.fixture
 def participant(tmp_path: Path) -> Participant:
     fixed = {"aggregator": "127.0.0.1:1", "federation": "parts", "site": "a", "data": "."}
-    settings = EdgeClientSettings(**fixed, scan_seconds=SCAN_SECONDS)  # type: ignore[arg-type]
+    settings = EdgeClientSettings(**fixed)  # type: ignore[arg-type]
     state = EdgeState(tmp_path)
     state.claim("federation parts, site a")
     images, work = cast("SiteImages", SimpleNamespace()), cast("RoundWork", SimpleNamespace())  # not used here
@@ -105,13 +136,16 @@ def opened(number: int, waits_for: str = "") -> WatchRoundsResponse:
     return WatchRoundsResponse(phase=PHASE_OPEN, round=number, waits_for=waits_for)
 
 
-async def test_while_nothing_is_said_there_is_time_to_look_and_nothing_said_is_lost(participant: Participant) -> None:
-    rounds = Rounds()
+async def test_while_nothing_is_said_there_is_time_to_look_and_nothing_said_is_lost(
+    participant: Participant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, silence = Rounds(), Silence(monkeypatch)
     async with connected(rounds) as aggregator, aclosing(participant._events(aggregator)) as events:
-        assert [await anext(events), await anext(events)] == [None, None]
+        assert [await silence.heard(events), await silence.heard(events)] == [None, None]
+        assert silence.seconds == participant._settings.scan_seconds
         rounds.say(opened(1))
         assert await following(events) == opened(1)
-        assert await anext(events) is None
+        assert [await silence.heard(events), await silence.heard(events, said_again=1)] == [None, None]
         for state in (opened(1, "2 more banks"), opened(1, "1 more banks"), opened(2)):
             rounds.say(state)
             assert await following(events) == state
@@ -162,11 +196,12 @@ def test_the_log_says_what_a_round_waits_for_once(participant: Participant) -> N
     ]
 
 
-async def following(events: AsyncIterator[WatchRoundsResponse | None]) -> WatchRoundsResponse:
+async def following(events: AsyncIterator[Event]) -> WatchRoundsResponse:
     """The next state of the rounds that is said."""
-    async for event in events:
-        if event is not None:
-            return event
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        async for event in events:
+            if event is not None:
+                return event
     raise AssertionError("the stream of rounds ended")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 from structlog.testing import capture_logs
 
@@ -78,6 +79,26 @@ async def test_downloads_that_nobody_reads_hold_no_more_than_a_chunk_each(publis
             await anext(download)
         assert held_bytes() < 2 * downloads * CHUNK_BYTES
     del unread
+
+
+@pytest.mark.parametrize("offset", [0, 5, CHUNK_BYTES, CHUNK_BYTES + 7])
+async def test_bytes_are_counted_that_are_sent_for_the_federation_that_they_are_read_of(
+    publisher: Publisher, tmp_path: Path, offset: int
+) -> None:
+    def sent() -> list[float]:
+        of = prometheus_client.REGISTRY.get_sample_value
+        return [of("feddymem_published_bytes_total", {"federation": name}) or 0.0 for name in ("boats", "parts")]
+
+    data = bytes(CHUNK_BYTES + 7)
+    array = Array(name="items", sha256=hashlib.sha256(data).digest(), size_bytes=len(data))
+    ArrayStore(tmp_path).put(array.sha256, data)
+    for name in ("boats", "parts"):  # both have it, but one is closed to the caller
+        publisher.publish(Release(federation=name, version=1, arrays=[array]))
+    boats, parts = sent()
+    async for response in publisher.DownloadArray(DownloadArrayRequest(sha256=array.sha256, offset=offset), CONTEXT):
+        assert sent() == [boats, parts], "those before, which have been taken"
+        parts += len(response.chunk.data)
+    assert sent() == [boats, parts]
 
 
 async def test_a_download_goes_on_at_its_offset_and_finds_what_was_damaged(

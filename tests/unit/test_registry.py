@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prometheus_client
 import pytest
 
 from feddymem.backbone import load_extractor
@@ -294,6 +295,33 @@ async def test_lines_are_the_same_while_the_release_is(tmp_path: Path) -> None:
     assert started.find("parts", "").lines is lines
     await started.receive(small_release(started, 4, calibration=CALIBRATION))
     assert started.find("parts", "").lines is not lines
+
+
+async def test_a_swap_is_counted_and_shown_where_another_release_scores(tmp_path: Path) -> None:
+    def shown() -> tuple[float | None, ...]:
+        of = prometheus_client.REGISTRY.get_sample_value
+        names = ("release_version", "release_timestamp_seconds")
+        return swaps() - before, *(of(f"feddymem_serving_{name}", {"federation": "parts"}) for name in names)
+
+    def swaps() -> float:
+        return prometheus_client.REGISTRY.get_sample_value("feddymem_release_swaps_total") or 0.0
+
+    before, started = swaps(), small_registry(tmp_path)
+    first = small_release(started, 3)
+
+    async def come(version: int, shadow: bool = False) -> None:
+        release = Release(version=version, shadow=shadow)
+        release.created.FromMilliseconds(1000 * version + 250)
+        await started.receive(Release.FromString(first.SerializeToString() + release.SerializeToString()))
+
+    for version, count in ((3, 1), (3, 1), (4, 2), (2, 3)):  # the same again, the next, and back
+        await come(version)
+        assert shown() == (count, version, version + 0.25)
+    await come(5, shadow=True)
+    assert shown() == (3, 2, 2.25)
+    again = small_registry(tmp_path)
+    await again.load()
+    assert shown() == (4, 2, 2.25)
 
 
 async def test_a_release_of_other_weights_than_those_of_the_backbone_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -100,6 +101,20 @@ async def test_back_and_forth_over_restarts(line: Line) -> None:
     assert line.pair() == (6, 6)
     await line.restart()
     assert line.pair() == (6, 6)
+
+
+async def test_a_memory_generator_that_comes_is_no_swap_of_the_release(line: Line) -> None:
+    def swaps() -> float:
+        return prometheus_client.REGISTRY.get_sample_value("feddymem_release_swaps_total") or 0.0
+
+    before = swaps()
+    await line.memory(2)
+    assert swaps() == before, "nothing to score with yet"
+    for generator, pair in ((1, (2, 1)), (2, (2, 2))):
+        await line.generator(generator)
+        assert (line.pair(), swaps()) == (pair, before + 1)
+    await line.memory(3)
+    assert (line.pair(), swaps()) == ((3, 2), before + 2)
 
 
 async def test_where_all_generators_are_newer_the_oldest_scores_and_the_log_says_so(line: Line) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2
 from feddymem.client.tls import async_channel_to
 from feddymem.v1.inspection_pb2 import InspectRequest, InspectStreamRequest, InspectStreamResponse
 from feddymem.v1.release_pb2 import DownloadArrayRequest
+from services.runtime import rate as rate_module
 from services.runtime import receiving
 from services.runtime.identity import Role
 from services.runtime.rate import BURST_SECONDS, Rate
@@ -40,6 +42,13 @@ from tests.unit.boundary.serving import (
 )
 
 
+@pytest.fixture
+def _no_rate_is_regained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test takes: of a rate there is what may come at once, and no more."""
+    monkeypatch.setattr(rate_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+
+
+@pytest.mark.usefixtures("_no_rate_is_regained")
 async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not(tmp_path: Path) -> None:
     authority, method = Authority(tmp_path / "authority"), f"{RELEASES}/DownloadArray"
     hub = authority.issue(Role.INFERENCE, "berlin")
@@ -48,25 +57,24 @@ async def test_who_calls_too_often_is_refused_and_others_and_inspections_are_not
         async with async_channel_to(address, [], authority.issue(Role.LINE, "one")) as channel:
             ends = [await outcome(channel, method, DownloadArrayRequest().SerializeToString()) for _ in range(8)]
             codes = [code for code, _details, _id in ends]
-            assert codes[:5] == [grpc.StatusCode.NOT_FOUND] * 5
-            assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert codes == [grpc.StatusCode.NOT_FOUND] * 5 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
             assert "more than 0.5 RPCs a second" in ends[-1][1]
             inspect = [await outcome(channel, f"{INSPECTION}/Inspect", b"") for _ in range(20)]
             assert {code for code, _details, _id in inspect} == {grpc.StatusCode.OK}
         async with async_channel_to(address, [], authority.issue(Role.LINE, "two")) as channel:
             code, _details, _id = await outcome(channel, method, b"")
             assert code is grpc.StatusCode.NOT_FOUND
-    assert RPCS_OVER_LIMIT.labels(method, "rate")._value.get() > before
+    assert RPCS_OVER_LIMIT.labels(method, "rate")._value.get() == before + 3
 
 
+@pytest.mark.usefixtures("_no_rate_is_regained")
 async def test_who_may_not_call_is_not_told_so_too_often(tmp_path: Path) -> None:
     """Each time may be a line of the audit log."""
     authority = Authority(tmp_path / "authority")
     hub, site = authority.issue(Role.INFERENCE, "berlin"), authority.issue(Role.SITE, "berlin")
     async with served(tmp_path, hub, rate=0.5) as address, async_channel_to(address, [], site) as channel:
         codes = [(await outcome(channel, f"{RELEASES}/DownloadArray", b""))[0] for _ in range(8)]
-    assert codes[0] is grpc.StatusCode.PERMISSION_DENIED
-    assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert codes == [grpc.StatusCode.PERMISSION_DENIED] * 5 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
 
 
 class Unlisted(Inspections):
@@ -217,13 +225,15 @@ async def test_a_request_that_stops_half_way_ends_and_makes_room(
 
 
 async def test_a_stream_ends_whose_caller_has_fallen_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving, "SILENCE_SECONDS", 0.2)
     async with served(tmp_path) as address, aio.insecure_channel(address) as channel:
         stream = begun_call(channel, f"{INSPECTION}/InspectStream")
         assert await answered(stream, "1")
+        said = receiving.SILENCE_SECONDS  # by the text, which is as old as the stream
+        monkeypatch.setattr(receiving, "SILENCE_SECONDS", 0.2)  # from the next request on, however late that comes
+        assert await answered(stream, "2")
         assert await ended(stream) == (
             grpc.StatusCode.DEADLINE_EXCEEDED,
-            "no request has come for 0.2 seconds; begin another stream when there is one",
+            f"no request has come for {said} seconds; begin another stream when there is one",
         )
 
 
