@@ -20,10 +20,12 @@ from feddymem.v1.calibration_pb2 import Calibration as CalibrationMessage
 from feddymem.v1.inspection_pb2 import ScoringStatus
 from feddymem.verdicts import ReleaseLimits
 from services.inference import metrics
-from services.inference.batcher import Afterwards, Batcher, Result, Scored
+from services.inference.active import Active
+from services.inference.batcher import Batcher
 from services.inference.inspector import Inspection, Inspector
+from services.inference.job import Afterwards, Result, Scored
 from services.inference.lines import Line, Lines
-from services.inference.registry import Active, Registry
+from services.inference.registry import Registry
 from services.inference.scoring_status import scoring
 from services.runtime.messages import calibration_to_message
 from tests.unit.test_registry import small_registry, small_release

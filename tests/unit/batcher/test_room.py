@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from feddymem.images import ImageError
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Batcher
+from services.inference.job import Scored
 from services.runtime.errors import Refusal
 from tests.unit.batcher.fakes import (
     HELD,

@@ -12,7 +12,8 @@ import pytest
 from feddymem.backbone import PreparedImage
 from feddymem.image_data import EncodedImage, RawImage
 from feddymem.images import ImageError
-from services.inference.batcher import Batcher, Scored
+from services.inference.batcher import Batcher
+from services.inference.job import Scored
 from services.runtime.errors import Refusal
 from tests.unit.batcher.fakes import (
     HELD,
