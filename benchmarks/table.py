@@ -11,9 +11,7 @@ _HEAD = """# Results
 
 Made by `python -m benchmarks.table` from the JSON files beside it, which the benchmarks wrote. Each file is one run on
 one machine, its parts taken in turns; compare ratios, not milliseconds of different files. What they say:
-[docs/performance.md](../../docs/performance.md). Only calibration.json, which has no times, was put together of runs of
-the same code, by set and part: five seeds each, but for `relearned` on magtile (four) and deeppcb (three), which has
-one light and does not tell what is detected.
+[docs/performance.md](../../docs/performance.md).
 """
 
 
