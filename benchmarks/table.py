@@ -10,8 +10,9 @@ from benchmarks import RESULTS
 _HEAD = """# Results
 
 Made by `python -m benchmarks.table` from the JSON files beside it, which the benchmarks wrote. Each file is one run on
-one machine, its parts taken in turns; compare ratios, not milliseconds of different files. What they say:
-[docs/performance.md](../../docs/performance.md).
+one machine, those that tell times with their parts taken in turns; compare ratios, not milliseconds of different
+files. What they say: [performance](../../docs/performance.md); of calibration, [verdicts](../../docs/verdicts.md); of
+poisoning, [method](../../docs/method.md).
 """
 
 

@@ -540,7 +540,7 @@ class ScoringStatus(_message.Message):
     recent_alarms: _builtins.int
     """See recent_images."""
     drift: _builtins.bool
-    """Whether the site's images are scored unlike those held out (docs/method.md, Drift)."""
+    """Whether the site's images are scored unlike those held out (docs/verdicts.md, Drift)."""
     images_since_drift: _builtins.int
     """Images since the drift was found; 0 for none."""
     shadow: _builtins.int

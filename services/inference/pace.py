@@ -29,9 +29,9 @@ class Pace:
             images: of the batch.
         """
         with self._lock:
-            seconds = (done - max(self._done, started - self._max_delay)) / images
+            before, self._done = self._done, max(self._done, done)  # of two batches at once, one may be noted late
+            seconds = (self._done - max(before, started - self._max_delay)) / images
             self._seconds_per_image += _FORGETTING * (seconds - self._seconds_per_image)
-            self._done = done
 
     def seconds(self, images: int) -> float:
         """How long so many images take."""

@@ -188,7 +188,6 @@ def load_settings(cls: type[Settings], args: list[str]) -> Settings:
     flags: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
         cls, cli_prog_name=f"feddymem {_command(cls)}", cli_parse_args=False
     )
-    flags.root_parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flags.root_parser.epilog = "\n".join(_nested_settings(cls))
     try:
         flags = flags(args=args)
@@ -217,18 +216,19 @@ def _nested_settings(cls: type[ServiceSettings]) -> Iterator[str]:
         if get_origin(field.annotation) is dict:
             _, model = get_args(field.annotation)
             yield "in the file of --config, with all that may be set, and the defaults:"
-            yield from ("", f"{key}:", "  NAME:", *_as_yaml(model, "    "))
+            yield from ("", f"{key}:", "  NAME:", *_as_yaml(model(), "    "))
 
 
-def _as_yaml(model: type[BaseModel], indent: str) -> Iterator[str]:
-    for key, field in model.model_fields.items():
+def _as_yaml(settings: BaseModel, indent: str) -> Iterator[str]:
+    for key, field in type(settings).model_fields.items():
         about = textwrap.wrap(field.description or "", _HELP_COLUMNS - len(indent) - 2)
         yield from (f"{indent}# {line}" for line in about)
-        if isinstance(field.default, BaseModel):
+        value = getattr(settings, key)
+        if isinstance(value, BaseModel):
             yield f"{indent}{key}:"
-            yield from _as_yaml(type(field.default), indent + "  ")
+            yield from _as_yaml(value, indent + "  ")
         else:
-            yield f"{indent}{key}: {json.dumps(field.default)}"
+            yield f"{indent}{key}: {json.dumps(value)}"
 
 
 def _command(cls: type[ServiceSettings]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_others_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path, monk
     digested_files.write(path, b"old")
     seen = list[tuple[str, int, bool]]()
 
-    def watched(part: Path, target: Path, replace: Callable[..., None] = replace) -> None:
+    def watched(part: Path, target: Path) -> None:
         old = content_of(target) == b"old"
         seen.append((Path(part).suffix, Path(part).stat().st_size, old))
         replace(part, target)
