@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
 
-import prometheus_client
 import pytest
 
 from feddymem.federation import NextMemory
@@ -29,6 +28,7 @@ from services.runtime.array_store import ArrayStore
 from services.runtime.arrays import bank_to_wire
 from services.runtime.publisher import Publisher
 from tests.integration.fake_site import make_bank
+from tests.samples import growth, sample, total
 from tests.unit.one_federation import METHOD, SETTINGS, join, opened, upload
 from tests.unit.test_calibrating import HELD_OUT, SITES, driven, merged, said, there, until, until_released
 
@@ -36,25 +36,10 @@ TWO_ROUNDS = SETTINGS.model_copy(update={"method": METHOD.model_copy(update={"ro
 HOUR = 3600.0
 
 
-def value(name: str, federation: str = "parts", **labels: str) -> float:
-    """0 where there is none yet, as of a federation that no test before has had."""
-    return prometheus_client.REGISTRY.get_sample_value(name, {"federation": federation, **labels}) or 0.0
-
-
 async def is_shown(name: str, wanted: float) -> None:
     async with asyncio.timeout(30):
-        while value(name) != wanted:  # noqa: ASYNC110 - there is no event for a metric
+        while total(name, federation="parts") != wanted:  # noqa: ASYNC110 - there is no event for a metric
             await asyncio.sleep(0)
-
-
-class More:
-    """By how much metrics have grown."""
-
-    def __init__(self, *names: str) -> None:
-        self._before = {name: value(name) for name in names}
-
-    def of(self, name: str) -> float:
-        return value(name) - self._before[name]
 
 
 class Merged:
@@ -95,24 +80,22 @@ async def test_a_round_takes_from_its_opening_to_its_release_and_its_merging_onl
     for module in (clock, rounds):
         monkeypatch.setattr(module, "time", now)
     settings = TWO_ROUNDS.model_copy(update={"round_deadline_seconds": 10 * HOUR})
-    names = [
-        f"feddymem_{what}_duration_seconds_{part}" for what in ("round", "aggregation") for part in ("sum", "count")
-    ]
-    more, started = More(*names), time.monotonic()
+    names = [f"{what}_duration_seconds_{part}" for what in ("round", "aggregation") for part in ("sum", "count")]
+    more, started = growth(*names, federation="parts"), time.monotonic()
     with opened(tmp_path, settings) as federation:
         join(federation, "a")
         join(federation, "b")
         metrics.ROUND.labels("parts").set(0)  # whatever other tests have left
         async with driven(federation):
-            await is_shown("feddymem_federation_round", 1)
+            await is_shown("federation_round", 1)
             await upload(federation, "a")
             late = HOUR
-            assert [more.of(name) for name in names] == [0, 0, 0, 0]
+            assert more() == [0, 0, 0, 0]
             await upload(federation, "b")
             await until(federation, PHASE_OPEN, 2)
-            await is_shown("feddymem_federation_round", 2)
+            await is_shown("federation_round", 2)
         took = time.monotonic() - started
-    round_sum, rounds_ended, merge_sum, merges = (more.of(name) for name in names)
+    round_sum, rounds_ended, merge_sum, merges = more()
     assert (rounds_ended, merges) == (1, 1)
     assert HOUR < round_sum <= HOUR + took
     assert 0 < merge_sum <= took
@@ -129,9 +112,9 @@ async def test_what_came_of_the_last_merging_is_shown(tmp_path: Path, merging: M
                 await upload(federation, "b", number)
                 await until_released(federation, number)
                 found = merging.results[-1]
-                assert value("feddymem_aggregation_iterations") == 10 + number
-                assert value("feddymem_aggregation_inertia") == 0.5 * number
-                assert value("feddymem_global_memory_items") == len(found.memory)
+                assert sample("aggregation_iterations", federation="parts") == 10 + number
+                assert sample("aggregation_inertia", federation="parts") == 0.5 * number
+                assert sample("global_memory_items", federation="parts") == len(found.memory)
 
 
 async def test_an_aggregation_that_fails_is_counted_and_one_that_does_not_is_not(
@@ -139,7 +122,7 @@ async def test_an_aggregation_that_fails_is_counted_and_one_that_does_not_is_not
 ) -> None:
     monkeypatch.setattr(rounds, "AGGREGATION_RETRY_SECONDS", 0.001)
     merging.errors = [RuntimeError("out of memory"), RuntimeError("out of memory")]
-    more = More("feddymem_aggregations_failed_total", "feddymem_round_duration_seconds_count")
+    more = growth("aggregations_failed_total", "round_duration_seconds_count", federation="parts")
     with opened(tmp_path) as federation:
         join(federation, "a")
         join(federation, "b")
@@ -147,17 +130,14 @@ async def test_an_aggregation_that_fails_is_counted_and_one_that_does_not_is_not
             await upload(federation, "a")
             await upload(federation, "b")
             await until_released(federation, 1)
-    assert more.of("feddymem_aggregations_failed_total") == 2
-    assert more.of("feddymem_round_duration_seconds_count") == 1
+    assert more() == [2, 1]
 
 
 async def test_banks_are_counted_once_with_their_bytes_and_those_left_out_when_their_round_has_closed(
     tmp_path: Path, merging: Merged
 ) -> None:
-    accepted, received, left_out = (
-        f"feddymem_{name}_total" for name in ("banks_accepted", "bank_received_bytes", "banks_quarantined")
-    )
-    more = More(accepted, received, left_out)
+    names = "banks_accepted_total", "bank_received_bytes_total", "banks_quarantined_total"
+    more = growth(*names, federation="parts")
     merging.outliers = (Outlier("c", "items are odd"),)
     with opened(tmp_path) as federation:
         for site in "abc":
@@ -170,15 +150,15 @@ async def test_banks_are_counted_once_with_their_bytes_and_those_left_out_when_t
             await federation.accept(bank.header)  # as where another stream was first
             size += bank.received_bytes
             assert bank.received_bytes > sum(array.size_bytes for array in bank.header.arrays)
-            assert (more.of(accepted), more.of(received), more.of(left_out)) == (count, size, 0)
+            assert more() == [count, size, 0]
         async with driven(federation):
             release = await until_released(federation, 1)
     assert release.provenance.quarantined == 1
-    assert (more.of(accepted), more.of(received), more.of(left_out)) == (3, size, 1)
+    assert more() == [3, size, 1]
 
 
 async def test_a_calibration_is_counted_once(tmp_path: Path) -> None:
-    more = More("feddymem_calibrations_accepted_total")
+    more = growth("calibrations_accepted_total", federation="parts")
     with opened(tmp_path, HELD_OUT) as federation, ExitStack() as stack:
         there(federation, stack)
         async with driven(federation):
@@ -187,13 +167,12 @@ async def test_a_calibration_is_counted_once(tmp_path: Path) -> None:
                 calibration = said(federation, site)
                 federation.calibrate(calibration)
                 federation.calibrate(calibration)
-                assert more.of("feddymem_calibrations_accepted_total") == count
+                assert more() == [count]
 
 
-def shown(federation: str) -> tuple[float, float, float, float]:
+def of_releases(federation: str) -> tuple[float | None, ...]:
     names = ("release_version", "global_memory_items", "release_timestamp_seconds", "release_withheld")
-    version, items, created, withheld = (value(f"feddymem_{name}", federation) for name in names)
-    return version, items, created, withheld
+    return tuple(sample(name, federation=federation) for name in names)
 
 
 def test_of_releases_the_active_one_is_shown_and_when_the_newest_was_made(tmp_path: Path) -> None:
@@ -213,18 +192,18 @@ def test_of_releases_the_active_one_is_shown_and_when_the_newest_was_made(tmp_pa
             releases.add(release, ["a"], [ReleaseCheck(name=check, passed=check not in failed) for check in CHECKS])
 
         def failures() -> dict[str, float]:
-            return {check: value("feddymem_release_checks_failed_total", name, check=check) for check in CHECKS}
+            return {check: total("release_checks_failed_total", federation=name, check=check) for check in CHECKS}
 
         add(1)
-        assert shown(name) == (1, 10, 1.5, 0)
+        assert of_releases(name) == (1, 10, 1.5, 0)
         add(2)
-        assert shown(name) == (2, 20, 2.5, 0)
+        assert of_releases(name) == (2, 20, 2.5, 0)
         releases.activate(1, None)
-        assert shown(name) == (1, 10, 2.5, 0), "held by the operator, which is no failure of a check"
+        assert of_releases(name) == (1, 10, 2.5, 0), "held by the operator, which is no failure of a check"
         releases.activate(0, None)
         assert failures() == dict.fromkeys(CHECKS, 0)
         add(3, CHECKS[0])
-        assert shown(name) == (2, 20, 3.5, 1)
+        assert of_releases(name) == (2, 20, 3.5, 1)
         assert failures() == {**dict.fromkeys(CHECKS, 0), CHECKS[0]: 1}
         releases.activate(3, None)
-        assert shown(name) == (3, 30, 3.5, 0)
+        assert of_releases(name) == (3, 30, 3.5, 0)

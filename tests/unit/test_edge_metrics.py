@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import grpc
 import numpy as np
-import prometheus_client
 import pytest
 from grpc import aio
 from structlog.testing import capture_logs
@@ -45,22 +44,13 @@ from services.runtime.identity import Role
 from services.runtime.publisher import Publisher
 from services.runtime.server_identity import UnreachableError
 from tests.integration.fake_site import make_bank
+from tests.samples import growth, total
 from tests.unit.test_site_images import site_images, write
 
 PATCHES = 8 * 8
 """Of an image, at the input size of the extractor `small`."""
 METHOD = Method(generator=True, bank_items=30, memory_items=60, rounds=3, item_type="float16", hold_out_share=0.25)
 SECONDS = 30
-
-
-def value(name: str, **labels: str) -> float:
-    return prometheus_client.REGISTRY.get_sample_value(f"feddymem_edge_{name}", labels) or 0.0
-
-
-def counting(*names: str) -> Callable[[], list[float]]:
-    """By how much these have grown since."""
-    before = [value(name) for name in names]
-    return lambda: [value(name) - old for name, old in zip(names, before, strict=True)]
 
 
 def settings(**changes: object) -> EdgeClientSettings:
@@ -74,11 +64,11 @@ def test_images_are_counted_when_they_are_extracted_and_shown_as_long_as_they_ar
     paths = write(tmp_path / "data", *range(4))
     paths[3].write_bytes(b"no image")
     images = site_images(tmp_path, small)
-    grown = counting("images_extracted_total", "features_total")
-    seconds = counting("extraction_seconds_total")
+    grown = growth("edge_images_extracted_total", "edge_features_total")
+    seconds = growth("edge_extraction_seconds_total")
 
     def shown() -> tuple[float, float]:
-        return value("images", outcome="read"), value("images", outcome="skipped")
+        return total("edge_images", outcome="read"), total("edge_images", outcome="skipped")
 
     images.look()
     assert grown() == [3, 3 * PATCHES]
@@ -132,7 +122,7 @@ def memory_of(site: Site) -> MemoryBank:
 
 
 async def test_a_round_s_bank_is_shown_with_what_it_was_made_of(site: Site) -> None:
-    updates = counting("local_update_duration_seconds_count")
+    updates = growth("edge_local_update_duration_seconds_count")
     _, held = site.present().split(METHOD.hold_out_share, METHOD.seed)
     assert held is not None
     for number, method, held_out, count in (
@@ -140,9 +130,9 @@ async def test_a_round_s_bank_is_shown_with_what_it_was_made_of(site: Site) -> N
         (2, METHOD.model_copy(update={"hold_out_share": 0.0, "bank_items": 7}), 0, 7),
     ):
         items, _ = await site.bank(number, method=method)
-        assert items == value("bank_items") == count
-        assert value("held_out_images") == held_out
-        assert value("memory_reduce_ratio") == pytest.approx(count / ((8 - held_out) * PATCHES))
+        assert items == total("edge_bank_items") == count
+        assert total("edge_held_out_images") == held_out
+        assert total("edge_memory_reduce_ratio") == pytest.approx(count / ((8 - held_out) * PATCHES))
         assert updates() == [number]
 
 
@@ -152,21 +142,21 @@ async def test_the_loss_is_that_of_the_last_round_that_trained(site: Site) -> No
     memory, losses = memory_of(site), []
     for number in (2, 3):
         _, loss = await site.bank(number, memory)
-        assert value("generator_loss") == loss > 0
+        assert total("edge_generator_loss") == loss > 0
         losses.append(loss)
     assert losses[0] != losses[1]
     await site.bank(4)  # without a global memory, nothing is trained
-    assert value("generator_loss") == losses[1]
+    assert total("edge_generator_loss") == losses[1]
 
 
 async def test_a_calibration_is_timed(site: Site) -> None:
     memory = memory_of(site)
     await site.bank(1)
-    timed = counting("calibration_duration_seconds_count", "calibration_duration_seconds_sum")
+    timed = growth("edge_calibration_duration_seconds_count", "edge_calibration_duration_seconds_sum")
     candidate = GlobalMemory(version=1, arrays=[Array(name="items", sha256=b"x" * 32)])
     event = WatchRoundsResponse(phase=PHASE_CALIBRATING, round=1, candidate=candidate)
     said = await site.work.make_calibration(event, METHOD, site.present(), memory, None)
-    assert sum(said.candidate.scores.counts) == value("held_out_images") > 0
+    assert sum(said.candidate.scores.counts) == total("edge_held_out_images") > 0
     count, seconds = timed()
     assert count == 1
     assert 0 < seconds < SECONDS
@@ -201,7 +191,7 @@ async def test_bytes_are_counted_that_are_sent_and_not_those_that_are_there(tmp_
         offset = min(held, len(array.data))
         resume.resume.offsets.add(sha256=array.manifest.sha256, offset=offset)
     header = BankHeader(federation="parts", site="a", round=1, arrays=[array.manifest for array in arrays])
-    sent, call = counting("sent_bytes_total"), Call(resume)
+    sent, call = growth("edge_sent_bytes_total"), Call(resume)
     await upload_bank(header, state.arrays, cast("Any", call), SECONDS)
     [count] = sent()
     assert count == sum(request.ByteSize() for request in call.sent)
@@ -245,19 +235,19 @@ async def test_the_round_is_that_of_the_last_bank_that_was_accepted_and_only_bro
         return 10
 
     monkeypatch.setattr(participant_module, "upload_bank", answered)
-    aggregator, broken = cast("Any", SimpleNamespace(rounds=None)), counting("upload_retries_total")
+    aggregator, broken = cast("Any", SimpleNamespace(rounds=None)), growth("edge_upload_retries_total")
     await participant._upload(BankHeader(round=3), aggregator)
-    assert value("round") == 3
+    assert total("edge_round") == 3
     with pytest.raises(aio.AioRpcError) if interrupted else nullcontext():
         await participant._upload(BankHeader(round=7), aggregator)
     assert broken() == [interrupted]
-    assert value("round") == accepted
+    assert total("edge_round") == accepted
 
 
 async def test_each_time_that_the_aggregator_is_tried_again_is_counted(
     participant: Participant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retries = counting("retries_total")
+    retries = growth("edge_retries_total")
     grown: list[list[float]] = []
 
     @asynccontextmanager

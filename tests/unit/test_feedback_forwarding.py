@@ -11,7 +11,6 @@ from typing import Any
 import cv2
 import grpc
 import numpy as np
-import prometheus_client
 import pytest
 from grpc import aio
 
@@ -34,6 +33,7 @@ from services.inference.feedback import FORWARDED_AT_ONCE, FeedbackForwarder
 from services.inference.settings import InferenceSettings
 from services.runtime.errors import Refusal
 from services.runtime.feedback import OPINIONS
+from tests.samples import total
 
 REPORT = ReportFeedbackRequest(federation="parts", site="a", encoded=b"x", opinion=OPINION_FALSE_ALARM, note="n")
 PATIENCE_SECONDS = 10
@@ -193,16 +193,16 @@ async def test_what_is_no_feedback_is_refused_at_once(tmp_path: Path, changes: d
 
 
 async def test_feedback_is_counted_by_opinion_where_it_is_kept(tmp_path: Path) -> None:
-    def counted() -> dict[str, tuple[float, float]]:
-        of = prometheus_client.REGISTRY.get_sample_value
-        names = "feddymem_feedback_reports_total", "feddymem_edge_feedback_total"
-        found = {each: [of(name, {"opinion": each}) or 0.0 for name in names] for each in OPINIONS.values()}
-        return {opinion: (passed_on, kept) for opinion, (passed_on, kept) in found.items()}
+    def reports() -> dict[str, tuple[float, float]]:
+        return {
+            each: (total("feedback_reports_total", opinion=each), total("edge_feedback_total", opinion=each))
+            for each in OPINIONS.values()
+        }
 
     settings = EdgeClientSettings(aggregator="127.0.0.1:1", federation="parts", site="a", data=tmp_path)
     servicer = FeedbackServicer(settings)
     servicer.begin(FeedbackStore(tmp_path / "feedback", 2**20))
-    before, wanted = counted(), dict.fromkeys(OPINIONS.values(), 0)
+    before, wanted = reports(), dict.fromkeys(OPINIONS.values(), 0)
     encoded = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
     async with forwarder(tmp_path, servicer) as forward:  # type: ignore[arg-type]
         for opinion in (OPINION_FALSE_ALARM, OPINION_BAD_PART, OPINION_BAD_PART):
@@ -210,7 +210,7 @@ async def test_feedback_is_counted_by_opinion_where_it_is_kept(tmp_path: Path) -
             await forward.report(ReportFeedbackRequest(encoded=encoded, opinion=opinion))
             await refused(forward, ReportFeedbackRequest(encoded=b"no image", opinion=opinion))
             await refused(forward, ReportFeedbackRequest(encoded=encoded, opinion=OPINION_UNSPECIFIED))
-            assert counted() == {
+            assert reports() == {
                 name: (passed_on + wanted[name], kept + wanted[name]) for name, (passed_on, kept) in before.items()
             }
 

@@ -8,7 +8,6 @@ from io import BufferedReader
 from pathlib import Path
 
 import grpc
-import prometheus_client
 import pytest
 
 from feddymem.v1.feedback_pb2 import (
@@ -21,6 +20,7 @@ from feddymem.v1.feedback_pb2 import (
 from services.edge_client import feedback as module
 from services.edge_client.feedback import FeedbackStore
 from services.runtime.errors import Refusal
+from tests.samples import sample
 from tests.unit.test_edge_state import flip
 
 BYTES = 100
@@ -238,7 +238,6 @@ def test_what_is_kept_is_shown(tmp_path: Path) -> None:
         store.keep(image(number), OPINION_BAD_PART if number == 3 else OPINION_FALSE_ALARM, "")
     store.decide(name(0), DECISION_ACCEPTED)
     store.decide(name(1), DECISION_REJECTED)
-    value = prometheus_client.REGISTRY.get_sample_value
     states = ("undecided", "accepted", "rejected", "bad_part")
-    assert [value("feddymem_edge_feedback_images", {"state": state}) for state in states] == [1, 1, 1, 1]
-    assert value("feddymem_edge_feedback_bytes") == 4 * BYTES
+    assert [sample("edge_feedback_images", state=state) for state in states] == [1, 1, 1, 1]
+    assert sample("edge_feedback_bytes") == 4 * BYTES

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import numpy as np
-import prometheus_client
 import pytest
 from PIL import Image
 
@@ -33,6 +32,7 @@ from services.inference.registry import Registry
 from services.runtime.changes import Changes
 from services.runtime.errors import Refusal, not_found
 from tests.feature_spaces import SPACE
+from tests.samples import total
 
 SECONDS = 30
 IMAGE = EncodedImage(b"image")
@@ -125,15 +125,13 @@ def calibrated(sites: dict[str, list[float]], rate: float = 0.1) -> ReleaseLimit
 
 
 async def test_verdicts_are_counted_by_what_they_say(core: Core) -> None:
-    def counted() -> list[float]:
-        shown = ({"federation": "parts", "verdict": each} for each in ("normal", "anomalous"))
-        of = prometheus_client.REGISTRY.get_sample_value
-        return [of("feddymem_verdicts_total", labels) or 0.0 for labels in shown]
+    def verdicts() -> list[float]:
+        return [total("verdicts_total", federation="parts", verdict=each) for each in ("normal", "anomalous")]
 
-    normal, anomalous = counted()
+    normal, anomalous = verdicts()
     for threshold in (0.0, SCORE, float("inf"), None):
         await core.result(threshold=threshold)
-    assert counted() == [normal + 1, anomalous + 2]
+    assert verdicts() == [normal + 1, anomalous + 2]
 
 
 NORMALS = list(np.linspace(1, 2, 40))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prometheus_client
 import pytest
 
 from feddymem.calibration import Calibration, SiteCalibration, site_key
@@ -28,14 +27,11 @@ from services.inference.lines import Line, Lines
 from services.inference.registry import Registry
 from services.inference.scoring_status import scoring
 from services.runtime.messages import calibration_to_message
+from tests.samples import sample, total
 from tests.unit.test_registry import small_registry, small_release
 
 IMAGE = RawImage(bytes(32 * 32 * 3), 32, 32, 3, 8)
 SECONDS = 30
-
-
-def value(name: str, **labels: str) -> float | None:
-    return prometheus_client.REGISTRY.get_sample_value(name, labels)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +69,7 @@ def test_drift_is_shown_until_it_is_over_or_the_release_goes() -> None:
     line = opened(of.of("north", known=False))
 
     def shown() -> float | None:
-        return value("feddymem_drift", federation="drifts", site="north")
+        return sample("drift", federation="drifts", site="north")
 
     assert shown() == 0
     for score in rng.normal(12, 1, 60):
@@ -126,11 +122,11 @@ def test_the_alarm_band_is_that_of_the_site_with_the_widest_and_goes_with_the_ca
     shown = []
     for site in ("many", "few", "many"):
         of.of(site, known=False)
-        shown.append(value("feddymem_alarm_rate_highest_ratio", federation="band"))
+        shown.append(sample("alarm_rate_highest_ratio", federation="band"))
     assert shown[0] == pytest.approx(0.118, abs=0.005)
     assert shown[1] == shown[2] == pytest.approx(0.20, abs=0.01)
     of.leave()
-    assert value("feddymem_alarm_rate_highest_ratio", federation="band") is None
+    assert sample("alarm_rate_highest_ratio", federation="band") is None
 
 
 @asynccontextmanager
@@ -151,7 +147,7 @@ HIGH, LOW = [1e6] * 40, [1e-6] * 40
 
 
 def judged() -> float:
-    return sum(value("feddymem_shadow_images_total", outcome=each) or 0.0 for each in ("judged", "failed"))
+    return sum(total("shadow_images_total", outcome=each) for each in ("judged", "failed"))
 
 
 async def inspect(inspector: Inspector, **wanted: Any) -> bool | None:
@@ -177,10 +173,10 @@ async def test_a_shadow_is_counted_and_answers_nothing(
         agreements = ("same", "shadow_only", "active_only")
         names = [("shadow_verdicts", {"federation": "parts", "agreement": each}) for each in agreements]
         names += [("shadow_images", {"outcome": each}) for each in ("judged", "dropped", "failed")]
-        before = [value(f"feddymem_{name}_total", **labels) or 0 for name, labels in names]
+        before = [total(f"{name}_total", **labels) for name, labels in names]
         assert await inspect(inspector) is (active is LOW)
         assert await inspect(inspector, threshold=1e9) is False  # the request's: none of the shadow's business
-        after = [value(f"feddymem_{name}_total", **labels) or 0 for name, labels in names]
+        after = [total(f"{name}_total", **labels) for name, labels in names]
         more = [now - old for now, old in zip(after, before, strict=True)]
         assert more == [2 * (not only and not missing), 2 * only, 2 * missing, 2, 0, 0]
         [state] = scoring(registry.active(), "")
@@ -229,7 +225,7 @@ class Busy(Batcher):
 
 async def test_an_image_that_the_shadow_has_no_time_for_is_dropped_and_no_verdict(tmp_path: Path) -> None:
     def dropped() -> float:
-        return value("feddymem_shadow_images_total", outcome="dropped") or 0.0
+        return total("shadow_images_total", outcome="dropped")
 
     registry, batcher = small_registry(tmp_path), Busy(1, 1, 0, 8, 10**6)
     await registry.receive(small_release(registry, 3, calibration=message(HIGH)))

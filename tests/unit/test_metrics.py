@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import prometheus_client
 import pytest
 import torch
 
@@ -34,12 +33,9 @@ from services.runtime.messages import feature_space_to_message
 from services.runtime.publisher import Publisher
 from tests.feature_spaces import SPACE
 from tests.integration.fake_site import make_bank
+from tests.samples import sample, total
 
 SETTINGS = FederationSettings(quorum=2, round_deadline_seconds=60, method=Method(rounds=1, item_type="float16"))
-
-
-def value(name: str, **labels: str) -> float | None:
-    return prometheus_client.REGISTRY.get_sample_value(name, labels)
 
 
 @contextmanager
@@ -64,12 +60,12 @@ def header(federation: Federation, site: str, **changes: object) -> BankHeader:
 
 
 def sites(name: str, what: str = "present") -> dict[str, float | None]:
-    shown = {site: value(f"feddymem_site_{what}", federation=name, site=site) for site in "abc"}
+    shown = {site: sample(f"site_{what}", federation=name, site=site) for site in "abc"}
     return {site: found for site, found in shown.items() if found is not None}
 
 
 def known(name: str) -> tuple[float | None, float | None]:
-    return value("feddymem_sites_known", federation=name), value("feddymem_sites_present", federation=name)
+    return sample("sites_known", federation=name), sample("sites_present", federation=name)
 
 
 async def test_sites_are_shown_by_name_while_they_are_to_take_part(tmp_path: Path) -> None:
@@ -133,27 +129,27 @@ async def test_a_quarantine_is_shown_after_a_restart(tmp_path: Path) -> None:
 async def test_a_round_is_shown_with_what_it_is_measured_by(tmp_path: Path) -> None:
     def phases() -> dict[str, float | None]:
         names = ("waiting", "open", "aggregating", "calibrating", "done")
-        return {name: value("feddymem_federation_phase", federation="round", phase=name) for name in names}
+        return {name: sample("federation_phase", federation="round", phase=name) for name in names}
 
     with opened(tmp_path, "round") as federation:
         assert phases() == {"waiting": 1, "open": 0, "aggregating": 0, "calibrating": 0, "done": 0}
-        assert value("feddymem_round_quorum_banks", federation="round") == 2
-        assert value("feddymem_round_deadline_seconds", federation="round") == 60
+        assert sample("round_quorum_banks", federation="round") == 2
+        assert sample("round_deadline_seconds", federation="round") == 60
         driven = asyncio.ensure_future(federation.rounds.run())
         for site in "ab":
             join(federation, site)
         assert phases()["open"] == 1
         async with asyncio.timeout(30):
-            while value("feddymem_round_banks", federation="round") is None:  # noqa: ASYNC110 - there is no event for a metric
+            while sample("round_banks", federation="round") is None:  # noqa: ASYNC110 - there is no event for a metric
                 await asyncio.sleep(0)
         federation._state.put_bank(AcceptedBank(header(federation, "a"), 1))
         federation.rounds.changed()
         async with asyncio.timeout(30):
-            while value("feddymem_round_banks", federation="round") != 1:  # noqa: ASYNC110 - likewise
+            while sample("round_banks", federation="round") != 1:  # noqa: ASYNC110 - likewise
                 await asyncio.sleep(0)
         [opened_round] = [federation._state.opened_round("round", 1)]
         assert opened_round is not None
-        assert value("feddymem_round_opened_timestamp_seconds", federation="round") == opened_round.opened
+        assert sample("round_opened_timestamp_seconds", federation="round") == opened_round.opened
         driven.cancel()
 
 
@@ -167,12 +163,12 @@ async def test_a_refused_bank_is_counted_by_its_reason(tmp_path: Path, reason: s
         for site in "ab":
             join(federation, site)
         reasons = ("late", "fingerprint", "duplicate", "invalid")
-        assert [value("feddymem_banks_refused_total", federation=name, reason=each) for each in reasons] == [0] * 4
+        assert [sample("banks_refused_total", federation=name, reason=each) for each in reasons] == [0] * 4
         for durations in ("round", "aggregation"):  # there before the first, so that the first is an increase
-            assert value(f"feddymem_{durations}_duration_seconds_count", federation=name) == 0
+            assert sample(f"{durations}_duration_seconds_count", federation=name) == 0
         with pytest.raises(Refusal):
             federation.check_header(header(federation, "a", **changes))
-        assert value("feddymem_banks_refused_total", federation=name, reason=reason) == 1
+        assert sample("banks_refused_total", federation=name, reason=reason) == 1
 
 
 async def test_another_bank_of_a_site_is_counted_as_a_duplicate(tmp_path: Path) -> None:
@@ -182,11 +178,11 @@ async def test_another_bank_of_a_site_is_counted_as_a_duplicate(tmp_path: Path) 
         federation._state.put_bank(AcceptedBank(header(federation, "a"), 1))
         with pytest.raises(Refusal):
             federation.check_header(header(federation, "a", arrays=[]))
-        assert value("feddymem_banks_refused_total", federation="twice", reason="duplicate") == 1
+        assert sample("banks_refused_total", federation="twice", reason="duplicate") == 1
 
 
 def outcomes() -> dict[str, float]:
-    return {name: value("feddymem_inspections_total", outcome=name) or 0.0 for name in inference_metrics.ENDED}
+    return {name: total("inspections_total", outcome=name) for name in inference_metrics.ENDED}
 
 
 @pytest.mark.parametrize(("anomalous", "outcome"), [(True, "anomalous"), (False, "ok"), (None, "ok")])
@@ -214,17 +210,17 @@ def test_scores_are_told_in_typical_distances_and_verdicts_where_there_are_some(
     found.count(45.0, 30.0, anomalous=None)
     found.count(60.0, 30.0, anomalous=True)
     found.count(30.0, 30.0, anomalous=False)
-    assert value("feddymem_inspection_score_ratio_sum", federation="scores") == 4.5
-    assert value("feddymem_inspection_score_ratio_count", federation="scores") == 3
-    verdicts = [value("feddymem_verdicts_total", federation="scores", verdict=each) for each in ("normal", "anomalous")]
+    assert sample("inspection_score_ratio_sum", federation="scores") == 4.5
+    assert sample("inspection_score_ratio_count", federation="scores") == 3
+    verdicts = [sample("verdicts_total", federation="scores", verdict=each) for each in ("normal", "anomalous")]
     assert verdicts == [1, 1]
     found.count(1.0, 0.0, anomalous=None)
-    assert math.isfinite(value("feddymem_inspection_score_ratio_sum", federation="scores") or math.inf)
+    assert math.isfinite(sample("inspection_score_ratio_sum", federation="scores") or math.inf)
 
 
 def test_connections_to_publishers_are_counted_while_they_last() -> None:
     def connected() -> float:
-        return value("feddymem_publishers_connected", role="site") or 0.0
+        return total("publishers_connected", role="site")
 
     before = connected()
     with metrics.connected_to(Role.SITE), metrics.connected_to(Role.SITE):
@@ -238,11 +234,11 @@ def test_a_disk_that_cannot_be_asked_takes_no_other_metric_along(tmp_path: Path)
     server = metrics.serve_metrics("127.0.0.1", 0, tmp_path / "gone")
     server.shutdown()
     server.server_close()
-    assert math.isnan(value("feddymem_state_free_bytes") or 0.0)
+    assert math.isnan(total("state_free_bytes"))
     server = metrics.serve_metrics("127.0.0.1", 0, tmp_path)
     server.shutdown()
     server.server_close()
-    assert 0 < (value("feddymem_state_free_bytes") or 0) <= (value("feddymem_state_size_bytes") or 0)
+    assert 0 < total("state_free_bytes") <= total("state_size_bytes")
 
 
 def test_the_disk_is_shown_with_its_size_and_the_room_that_is_left(
@@ -258,7 +254,7 @@ def test_the_disk_is_shown_with_its_size_and_the_room_that_is_left(
     server = metrics.serve_metrics("127.0.0.1", 0, tmp_path)
     server.shutdown()
     server.server_close()
-    assert [value(f"feddymem_state_{what}_bytes") for what in ("size", "free")] == [9, 3]
+    assert [sample(f"state_{what}_bytes") for what in ("size", "free")] == [9, 3]
     assert set(asked) == {tmp_path}
 
 
@@ -266,7 +262,7 @@ def test_a_gpus_memory_is_that_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9)
     metrics.show_device("cuda")
-    found = [value("feddymem_gpu_memory_bytes", state=state) for state in ("allocated", "reserved")]
+    found = [sample("gpu_memory_bytes", state=state) for state in ("allocated", "reserved")]
     assert found == [7, 9]
     metrics.GPU_MEMORY.clear()
     metrics.DEVICE.clear()

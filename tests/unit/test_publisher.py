@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import prometheus_client
 import pytest
 from structlog.testing import capture_logs
 
@@ -23,6 +22,7 @@ from services.runtime.arrays import CHUNK_BYTES
 from services.runtime.errors import Refusal
 from services.runtime.identity import Identity, Role
 from services.runtime.publisher import Publisher
+from tests.samples import total
 
 PLANT = Identity(Role.INFERENCE, "plant-a")
 CONTEXT: Any = None
@@ -86,8 +86,7 @@ async def test_bytes_are_counted_that_are_sent_for_the_federation_that_they_are_
     publisher: Publisher, tmp_path: Path, offset: int
 ) -> None:
     def sent() -> list[float]:
-        of = prometheus_client.REGISTRY.get_sample_value
-        return [of("feddymem_published_bytes_total", {"federation": name}) or 0.0 for name in ("boats", "parts")]
+        return [total("published_bytes_total", federation=name) for name in ("boats", "parts")]
 
     data = bytes(CHUNK_BYTES + 7)
     array = Array(name="items", sha256=hashlib.sha256(data).digest(), size_bytes=len(data))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prometheus_client
 import pytest
 
 from feddymem.backbone import load_extractor
@@ -27,6 +26,7 @@ from services.runtime.errors import Refusal
 from services.runtime.messages import calibration_to_message, feature_space_to_message
 from tests.feature_spaces import SPACE
 from tests.integration.fake_site import make_bank
+from tests.samples import growth, sample
 
 ARRAYS = bank_to_wire(make_bank(), "float16")
 
@@ -298,15 +298,11 @@ async def test_lines_are_the_same_while_the_release_is(tmp_path: Path) -> None:
 
 
 async def test_a_swap_is_counted_and_shown_where_another_release_scores(tmp_path: Path) -> None:
-    def shown() -> tuple[float | None, ...]:
-        of = prometheus_client.REGISTRY.get_sample_value
+    def seen() -> tuple[float | None, ...]:
         names = ("release_version", "release_timestamp_seconds")
-        return swaps() - before, *(of(f"feddymem_serving_{name}", {"federation": "parts"}) for name in names)
+        return *swaps(), *(sample(f"serving_{name}", federation="parts") for name in names)
 
-    def swaps() -> float:
-        return prometheus_client.REGISTRY.get_sample_value("feddymem_release_swaps_total") or 0.0
-
-    before, started = swaps(), small_registry(tmp_path)
+    swaps, started = growth("release_swaps_total"), small_registry(tmp_path)
     first = small_release(started, 3)
 
     async def come(version: int, shadow: bool = False) -> None:
@@ -316,12 +312,12 @@ async def test_a_swap_is_counted_and_shown_where_another_release_scores(tmp_path
 
     for version, count in ((3, 1), (3, 1), (4, 2), (2, 3)):  # the same again, the next, and back
         await come(version)
-        assert shown() == (count, version, version + 0.25)
+        assert seen() == (count, version, version + 0.25)
     await come(5, shadow=True)
-    assert shown() == (3, 2, 2.25)
+    assert seen() == (3, 2, 2.25)
     again = small_registry(tmp_path)
     await again.load()
-    assert shown() == (4, 2, 2.25)
+    assert seen() == (4, 2, 2.25)
 
 
 async def test_a_release_of_other_weights_than_those_of_the_backbone_is_refused(tmp_path: Path) -> None:

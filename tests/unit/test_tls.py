@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
-import prometheus_client
 import pytest
 import typer
 from cryptography import x509
@@ -25,6 +24,7 @@ from services.runtime.identity import Identity, Role
 from services.runtime.server_identity import UnreachableError
 from services.runtime.tls import server_credentials
 from tests.certificates import Authority
+from tests.samples import sample
 
 SECONDS = 30
 METHOD = "/feddymem.test.Mirror/Shown"
@@ -93,16 +93,13 @@ async def test_a_server_shows_when_the_certificate_that_it_uses_expires(authorit
         pem = (folder / CERTIFICATE).read_bytes()
         return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
 
-    def shown() -> float | None:
-        return prometheus_client.REGISTRY.get_sample_value("feddymem_certificate_expiry_timestamp_seconds")
-
     server, client = authority.issue(Role.AGGREGATOR, "hub", days=0.25), authority.issue(Role.SITE, "berlin")
     async with served(server) as address:
         first = expiry(server)
-        assert shown() == first
+        assert sample("certificate_expiry_timestamp_seconds") == first
         authority.issue(Role.AGGREGATOR, "hub", days=0.5)
         await shown_to(address, client)
-        assert shown() == expiry(server) != first
+        assert sample("certificate_expiry_timestamp_seconds") == expiry(server) != first
 
 
 async def test_while_the_authority_changes_both_are_believed(authority: Authority, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-import prometheus_client
 import pytest
 
 from feddymem.backbone import PreparedImage
@@ -15,6 +14,7 @@ from feddymem.images import ImageError
 from services.inference.batcher import Batcher
 from services.inference.job import Scored
 from services.runtime.errors import Refusal
+from tests.samples import growth, total
 from tests.unit.batcher.fakes import (
     HELD,
     SECONDS,
@@ -33,10 +33,6 @@ from tests.unit.batcher.fakes import (
 READING, COMPUTING, FINISHING, ELSEWHERE, LONG_AGO = 2.0, 10.0, 5.0, 100.0, 10_000.0
 
 
-def value(name: str) -> float:
-    return prometheus_client.REGISTRY.get_sample_value(f"feddymem_{name}") or 0.0
-
-
 class Times:
     """How often, and for how long in all, parts of inspections have taken since."""
 
@@ -45,7 +41,7 @@ class Times:
 
     def _now(self, part: str) -> tuple[float, float]:
         name = f"inspection_{part}_seconds"
-        return value(f"{name}_count"), value(f"{name}_sum")
+        return total(f"{name}_count"), total(f"{name}_sum")
 
     def of(self, part: str) -> tuple[float, float]:
         (count, seconds), (count_before, before) = self._now(part), self._before[part]
@@ -121,12 +117,12 @@ async def test_what_waits_to_be_decoded_is_in_the_queue_and_what_is_held_there_i
 async def test_a_batch_is_timed_once_whatever_its_images(clock: Clock) -> None:
     extractor, times = Slow(clock), Times()
     names = "inspection_batch_images_count", "inspection_batch_images_sum"
-    before = [value(name) for name in names]
+    more = growth(*names)
     async with busy_threads(extractor) as (_batcher, held):
         extractor.reading.open()
         assert await scores(held) == HELD
         batches = len(extractor.batches)
-    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [batches, len(HELD)]
+    assert more() == [batches, len(HELD)]
     assert times.of("compute") == (batches, batches * COMPUTING)
 
 
@@ -143,10 +139,10 @@ async def test_what_has_no_result_has_no_duration(clock: Clock) -> None:
 
 
 async def test_those_that_wait_are_shown_until_they_are_answered(extractor: Extractor) -> None:
-    before = value("inspections_waiting")
+    before = total("inspections_waiting")
 
     def waiting() -> tuple[float, int]:
-        return value("inspections_waiting") - before, batcher.queue_length
+        return total("inspections_waiting") - before, batcher.queue_length
 
     async with busy_threads(extractor, queue_size=2) as (batcher, held):
         assert waiting() == (3, 0)
