@@ -28,6 +28,7 @@ from services.aggregator.calibrating import calibrated
 from services.aggregator.clock import monotonic
 from services.aggregator.members import Members
 from services.aggregator.merging import DamagedBankError, Merging, banned_origins, make_release
+from services.aggregator.news import News
 from services.aggregator.releases import Releases
 from services.aggregator.settings import FederationSettings
 from services.aggregator.state import Candidate, OpenedRound, State
@@ -39,8 +40,6 @@ from services.runtime.errors import Refusal
 from services.runtime.logs import get_logger
 from services.runtime.unfinished import computed
 
-WAITS_FOR_SECONDS = 2
-"""Time within which watchers hear what a round waits for: a thousand sites need not hear of each bank at once."""
 AGGREGATION_RETRY_SECONDS = 10
 """Pause before a round that failed is tried again, at most (an operator's decision ends it): whoever has made room on
 the disk sees soon that it was enough."""
@@ -78,10 +77,9 @@ class Rounds:
         self._aggregating, self._doubted = False, True
         self._delivered: dict[str, Link] = {}
         self._judged: Merging | None = None
-        self._changes, self._decisions, self.news = Changes(), Changes(), Changes()
+        self._changes, self._decisions, self.news = Changes(), Changes(), News()
         self._shown: WatchRoundsResponse | None = None
         self._told: tuple[int, int] | None = None
-        self._telling: asyncio.TimerHandle | None = None
         self.forget_banks()
         metrics.show_phase(name, self.phase)
 
@@ -137,7 +135,7 @@ class Rounds:
 
     def changed(self, at_once: bool = False) -> None:
         """Wakes who drives the rounds, and who watches them: at once where phase or round have moved, or where an
-        operator has decided something; else together with what else comes within WAITS_FOR_SECONDS."""
+        operator has decided something; else soon, together with what else comes until then."""
         self._shown = None
         self._changes.notify()
         if at_once:
@@ -147,9 +145,9 @@ class Rounds:
         metrics.show_phase(self._name, now[0])
         if at_once or now != self._told:
             self._told = now
-            self._tell()
-        elif self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(WAITS_FOR_SECONDS, self._tell)
+            self.news.notify()
+        else:
+            self.news.notify_soon()
 
     def bank_accepted(self, site: str) -> None:
         """A site's bank of the open round has been accepted, in the trace that is the current one."""
@@ -399,9 +397,3 @@ class Rounds:
         self._members.show_quarantine(reasons, judged)
         for site, reason in reasons.items():
             _log.warning("bank_quarantined", federation=self._name, site=site, round=self.number, reason=reason)
-
-    def _tell(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
-            self._telling = None
-        self.news.notify()

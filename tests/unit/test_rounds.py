@@ -19,7 +19,7 @@ from feddymem.outliers import Outlier
 from feddymem.v1.federation_pb2 import PHASE_DONE, PHASE_OPEN, BankHeader
 from feddymem.v1.operator_pb2 import STANDING_BANNED
 from feddymem.v1.release_pb2 import Release
-from services.aggregator import rounds as module
+from services.aggregator import news
 from services.aggregator.clock import monotonic
 from services.aggregator.federation import Federation
 from services.aggregator.merging import Merging
@@ -227,7 +227,7 @@ async def test_a_clock_that_is_set_changes_no_deadline(tmp_path: Path, monkeypat
 async def test_watchers_hear_of_moves_at_once_and_of_banks_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WAITS_FOR_SECONDS", 0.5)
+    monkeypatch.setattr(news, "WAITS_FOR_SECONDS", 0.5)
     with opened(tmp_path) as federation:
         join(federation, "a")
         driven = asyncio.ensure_future(federation.rounds.run())
