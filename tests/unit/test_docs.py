@@ -16,7 +16,7 @@ import services.inference.metrics
 import services.runtime.rpc
 import services.runtime.tls  # noqa: F401 - registers its metrics
 from feddymem.client import InspectionClient, channel
-from services.aggregator import rounds
+from services.aggregator import news, rounds
 from services.aggregator.settings import AggregatorSettings, FederationSettings
 from services.cli import exit_codes
 from services.edge_client.settings import EdgeClientSettings
@@ -54,8 +54,8 @@ def test_the_timeouts_page_lists_exactly_the_waits_with_their_defaults() -> None
     expected: dict[str, object] = {}
     for model in (AggregatorSettings, FederationSettings, EdgeClientSettings, InferenceSettings):
         expected |= settings_in_seconds(model)
-    modules = (backoff, channel, channels, feedback, following, rate, receiving, rounds, server_identity, trace_export)
-    for module in modules:
+    modules = (backoff, channel, channels, feedback, following, news, rate, receiving, rounds, server_identity)
+    for module in (*modules, trace_export):
         expected |= {name: value for name, value in vars(module).items() if name.endswith("_SECONDS")}
     assert {name: float(value) for name, value in listed.items()} == expected | client_waits()
 
